@@ -1,0 +1,77 @@
+"""Files are written aside and renamed, so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lapefast.errors import InputError
+
+__all__ = ["existing_file", "write_atomically"]
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path` at once.
+
+    The temporary file lies in the same directory (a rename is atomic only within a file system),
+    is empty at first, and is flushed to the disk before it is renamed. Whatever goes wrong, it is
+    removed and what stood at `path` stays as it was. A link is followed: its target is replaced.
+    Write through Python's own file objects; a library that opens the path by itself may report a
+    full disk by an error of its own, which passes through as it is.
+
+    Raises:
+        InputError: the directory is missing or not writable, `path` is no regular file, or the
+            operating system refuses to write (a full disk, say).
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {path}: it is not a regular file; give another path")
+    if not target.parent.is_dir():
+        raise InputError(
+            f"cannot write {path}: the directory {target.parent} does not exist; create it first"
+        )
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        os.close(descriptor)
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {_reason(error)}; nothing was changed, "
+            "make room or choose another place"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def existing_file(path: str | os.PathLike[str], what: str) -> Path:
+    """The path of a file that can be read; `what` names it in the InputError if it cannot."""
+    file = Path(path)
+    try:
+        with open(file, "rb"):
+            return file
+    except OSError as error:
+        raise InputError(
+            f"cannot read the {what} {path}: {_reason(error)}; check the path"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return reason[:1].lower() + reason[1:]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
