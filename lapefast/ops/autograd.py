@@ -1,0 +1,137 @@
+"""Gradients of the ops, and the straight way from a call to its kernel.
+
+`torch.library.register_autograd` refuses ops that write to an argument, so the Autograd kernels
+are registered by hand. Backward recomputes the product in the reference's own eager ops: the
+gradients are those of the unpatched module, bit for bit. Statistics get none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapefast.errors import InputError
+from lapefast.ops import declarations
+from lapefast.ops.backends import reference
+
+__all__: list[str] = []
+
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
+def _product(gate: Tensor, up: Tensor | None, activation: str, *statistics: Any) -> Tensor:
+    return reference.product(gate, up, activation)
+
+
+def _edited_product(gate: Tensor, up: Tensor | None, activation: str, *edits: Any) -> Tensor:
+    return reference.edited_product(gate, up, activation, *edits[:-1])
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs an op below autograd; its backward differentiates `recompute(*arguments)`."""
+
+    @staticmethod
+    def forward(ctx, run, recompute, backend, gate, up, activation, *rest):  # noqa: ANN001
+        # The tables of an edit may change in place before backward; statistics change by design
+        # and play no part in the gradient.
+        kept = [
+            argument.clone() if recompute is _edited_product and torch.is_tensor(argument) else None
+            for argument in rest
+        ]
+        ctx.save_for_backward(gate, up, *kept)
+        ctx.recompute, ctx.activation = recompute, activation
+        return run(gate, up, activation, *rest, backend=backend)
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ANN001
+        gate, up, *kept = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [
+                # A view keeps the graph, which a second derivative needs.
+                tensor.view_as(tensor) if twice else tensor.detach().requires_grad_(needed)
+                for tensor, needed in zip((gate, up), ctx.needs_input_grad[3:5], strict=True)
+                if tensor is not None
+            ]
+            product = ctx.recompute(
+                inputs[0], inputs[1] if up is not None else None, ctx.activation, *kept
+            )
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            found = iter(torch.autograd.grad(product, wanted, gradient, create_graph=twice))
+        gradients = [
+            next(found) if tensor is not None and tensor.requires_grad and needed else None
+            for tensor, needed in zip((gate, up), ctx.needs_input_grad[3:5], strict=True)
+        ]
+        return None, None, None, *gradients, None, *(None for _ in kept)
+
+
+def _autograd_kernel(
+    op: torch._ops.OpOverload, compute: Callable[..., Any], recompute: Callable[..., Tensor] | None
+) -> Callable[..., Any]:
+    straight: dict[int, bool] = {}
+
+    def run_below(keyset, arguments, options):  # noqa: ANN001
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _BELOW_AUTOGRAD, *arguments, **options)
+
+    def kernel(keyset, *arguments, **options):  # noqa: ANN001
+        if recompute is not None and torch.is_grad_enabled():
+            gate, up = arguments[0], arguments[1]
+            if gate.requires_grad or (up is not None and up.requires_grad):
+                return _Recomputed.apply(
+                    lambda *a, **k: run_below(keyset, a, k),
+                    recompute,
+                    options.get("backend", "auto"),
+                    *arguments,
+                )
+        # Where nothing stands between autograd and the kernel (no mode, no transform), a second
+        # trip through the dispatcher is saved: it costs as much as the rest of a small call.
+        key = keyset.raw_repr()
+        direct = straight.get(key)
+        if direct is None:
+            below = keyset & _BELOW_AUTOGRAD
+            direct = straight[key] = below.highestPriorityTypeId() in _KERNEL_KEYS
+        if direct:
+            return compute(*arguments, **options)
+        return run_below(keyset, arguments, options)
+
+    return kernel
+
+
+def _in_place_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(keyset, gate, up, *rest, **options):  # noqa: ANN001
+        if torch.is_grad_enabled() and (
+            gate.requires_grad or (up is not None and up.requires_grad)
+        ):
+            raise InputError(
+                "profile_: gate or up requires grad while grad mode is on, and the product would "
+                "be written over a tensor that backward needs; use profile."
+            )
+        result = kernel(keyset, gate, up, *rest, **options)
+        torch.autograd.graph.increment_version(gate)
+        return result
+
+    return checked
+
+
+for _op, _compute, _recompute in (
+    (declarations.profile, declarations.compute_profile, _product),
+    (declarations.edit, declarations.compute_edit, _edited_product),
+    (declarations.observe, declarations.compute_observe, None),
+):
+    declarations.LIBRARY.impl(
+        _op._schema.name.split("::")[1],
+        _autograd_kernel(_op, _compute, _recompute),
+        "Autograd",
+        with_keyset=True,
+    )
+declarations.LIBRARY.impl(
+    "profile_",
+    _in_place_kernel(_autograd_kernel(declarations.profile_, declarations.compute_profile_, None)),
+    "Autograd",
+    with_keyset=True,
+)

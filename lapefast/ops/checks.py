@@ -1,0 +1,198 @@
+"""The one check of each op, used by its fake and before every backend.
+
+A check builds no string until something is wrong; then it names the op, the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from lapefast.errors import InputError
+from lapefast.ops.activations import ACTIVATIONS
+
+__all__ = ["check_edit", "check_statistics", "check_writable", "collapsible"]
+
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+def check_statistics(
+    op: str,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+) -> int:
+    """Check the arguments of `profile`, `profile_` or `observe`; the number of rows of `gate`.
+
+    Raises InputError. What the index tensors hold is checked by the backend.
+    """
+    shape = gate.shape
+    rows = _check_inputs(op, gate, up, activation, flags)
+    if threshold != threshold:
+        raise InputError(f"{op}: threshold must be a number, got {threshold}.")
+    device = gate.device
+    if groups is not None:
+        _check_row_index(op, "groups", groups, rows, device)
+    labels = None
+    if counts is not None:
+        labels = _check_statistic(op, "counts", counts, torch.int64, labels, shape, device)
+    if sums is not None:
+        labels = _check_statistic(op, "sums", sums, torch.float64, labels, shape, device)
+    if square_sums is not None:
+        labels = _check_statistic(
+            op, "square_sums", square_sums, torch.float64, labels, shape, device
+        )
+    if up_abs_sums is not None:
+        if up is None:
+            raise InputError(f"{op}: up_abs_sums needs up, which is None; leave up_abs_sums out.")
+        _check_statistic(op, "up_abs_sums", up_abs_sums, torch.float64, labels, shape, device)
+    return rows
+
+
+def check_edit(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    sets: Tensor | None,
+    offsets: Tensor,
+    neurons: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    flags: Tensor,
+) -> int:
+    """Check the arguments of `edit`; the number of rows of `gate`. Raises InputError."""
+    rows = _check_inputs("edit", gate, up, activation, flags)
+    device = gate.device
+    if sets is not None:
+        _check_row_index("edit", "sets", sets, rows, device)
+    if (
+        offsets.dtype is not torch.int32
+        or offsets.dim() != 1
+        or offsets.shape[0] < 1
+        or not offsets.is_contiguous()
+        or offsets.device != device
+    ):
+        _refuse("edit", "offsets", f"contiguous int32 [sets + 1] on {device}", offsets)
+    capacity = neurons.numel()
+    for name, table, dtype in (
+        ("neurons", neurons, torch.int32),
+        ("scale", scale, torch.float32),
+        ("shift", shift, torch.float32),
+    ):
+        if (
+            table.dtype is not dtype
+            or table.dim() != 1
+            or table.shape[0] != capacity
+            or not table.is_contiguous()
+            or table.device != device
+        ):
+            _refuse("edit", name, f"contiguous {dtype} [{capacity}] on {device}", table)
+    return rows
+
+
+def check_writable(gate: Tensor) -> None:
+    """Refuse a `gate` that the product cannot be written over.
+
+    Its last stride must be 1, its leading dimensions must collapse to one row stride, and its
+    rows must not overlap.
+    """
+    stride = collapsible(gate)
+    if stride is None or (stride < gate.shape[-1] and gate.numel() > gate.shape[-1]):
+        raise InputError(
+            "profile_: gate must have a last stride of 1 and rows one fixed stride apart that do "
+            f"not overlap, got strides {tuple(gate.stride())} for shape {tuple(gate.shape)}; "
+            "use profile."
+        )
+
+
+def collapsible(tensor: Tensor) -> int | None:
+    """The row stride of `tensor` seen as [rows, width]; None if it has no single one."""
+    shape, stride = tensor.shape, tensor.stride()
+    if tensor.is_contiguous():
+        return shape[-1]
+    if stride[-1] != 1 and shape[-1] > 1:
+        return None
+    row_stride, extent = shape[-1], None
+    for size, step in zip(reversed(shape[:-1]), reversed(stride[:-1]), strict=True):
+        if size == 1:
+            continue
+        if extent is None:
+            row_stride = step
+        elif step != extent:
+            return None
+        extent = step * size
+    return row_stride
+
+
+def _check_inputs(op: str, gate: Tensor, up: Tensor | None, activation: str, flags: Tensor) -> int:
+    shape, dtype, device = gate.shape, gate.dtype, gate.device
+    if dtype not in _FLOATS or not shape:
+        _refuse(op, "gate", "float32, float16 or bfloat16 [..., width]", gate)
+    if up is not None and (up.dtype is not dtype or up.shape != shape or up.device != device):
+        _refuse(op, "up", f"{dtype} {list(shape)} on {device}, as gate", up)
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
+        )
+    if (
+        flags.dtype is not torch.int64
+        or flags.dim() != 1
+        or flags.shape[0] != 2
+        or not flags.is_contiguous()
+        or flags.device != device
+    ):
+        _refuse(op, "flags", f"contiguous int64 [2] on {device}", flags)
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+
+
+def _check_row_index(
+    op: str, name: str, index: Tensor, rows: int, device: torch.device
+) -> None:
+    if (
+        index.dtype is not torch.int32
+        or (index.numel() != 1 and index.numel() != rows)
+        or not index.is_contiguous()
+        or index.device != device
+    ):
+        _refuse(op, name, f"contiguous int32 with {rows} elements (one per row) or 1", index)
+
+
+def _check_statistic(
+    op: str,
+    name: str,
+    statistic: Tensor,
+    dtype: torch.dtype,
+    labels: int | None,
+    gate_shape: torch.Size,
+    device: torch.device,
+) -> int:
+    width = gate_shape[-1]
+    if (
+        statistic.dtype is not dtype
+        or statistic.dim() != 2
+        or statistic.shape[1] != width
+        or (labels is not None and statistic.shape[0] != labels)
+        or not statistic.is_contiguous()
+        or statistic.device != device
+    ):
+        expected = f"[{'groups' if labels is None else labels}, {width}]"
+        _refuse(op, name, f"contiguous {dtype} {expected} on {device}", statistic)
+    return statistic.shape[0]
+
+
+def _refuse(op: str, name: str, expected: str, got: Tensor) -> NoReturn:
+    raise InputError(
+        f"{op}: {name} must be {expected}, got {got.dtype} {list(got.shape)} with strides "
+        f"{list(got.stride())} on {got.device}."
+    )

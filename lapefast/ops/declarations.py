@@ -1,0 +1,174 @@
+"""Every op: schema, check, fake, and the kernel that asks a backend.
+
+Shapes. `gate`, `up`: [..., width], float32, float16 or bfloat16; the leading dimensions are rows.
+`groups`, `sets`: int32, one per row, or one element that holds for every row; None means group or
+set 0; -1 counts nowhere, or edits nothing. `counts`: int64 [groups, width]; `sums`,
+`square_sums`, `up_abs_sums`: float64 [groups, width]. `flags`: int64 [2]: non-finite activations
+in counted rows, and out-of-range indices. `offsets`: int32 [sets + 1] into `neurons` (int32,
+ascending within a set), `scale` and `shift` (float32), all [capacity]; entries that no set covers
+are unused.
+
+Statistics are added to tensors that the caller owns. Tensors that an op reads and writes must not
+overlap. On the CPU an out-of-range index raises InputError before anything is written; elsewhere
+it is skipped and counted in `flags`, for the reader of the statistics to raise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lapefast.ops.backends import backend_for
+from lapefast.ops.checks import check_edit, check_statistics, check_writable
+
+__all__ = ["LIBRARY", "edit", "observe", "profile", "profile_"]
+
+LIBRARY = torch.library.Library("lapefast", "DEF")
+
+_GATED = "{gate} gate, Tensor? up, str activation, "
+_STATISTICS = (
+    "float threshold, Tensor? groups, Tensor(a!)? counts, Tensor(b!)? sums, "
+    "Tensor(c!)? square_sums, {up_abs_sums}Tensor(e!) flags, *, str backend='auto') -> "
+)
+_UP_ABS_SUMS = "Tensor(d!)? up_abs_sums, "
+
+LIBRARY.define(
+    "profile("
+    + _GATED.format(gate="Tensor")
+    + _STATISTICS.format(up_abs_sums=_UP_ABS_SUMS)
+    + "Tensor"
+)
+LIBRARY.define(
+    "profile_("
+    + _GATED.format(gate="Tensor(f!)")
+    + _STATISTICS.format(up_abs_sums=_UP_ABS_SUMS)
+    + "()"
+)
+LIBRARY.define(
+    "observe(Tensor gate, str activation, " + _STATISTICS.format(up_abs_sums="") + "()"
+)
+LIBRARY.define(
+    "edit("
+    + _GATED.format(gate="Tensor")
+    + "Tensor? sets, Tensor offsets, Tensor neurons, Tensor scale, Tensor shift, "
+    "Tensor(a!) flags, *, str backend='auto') -> Tensor"
+)
+
+profile = torch.ops.lapefast.profile.default
+profile_ = torch.ops.lapefast.profile_.default
+observe = torch.ops.lapefast.observe.default
+edit = torch.ops.lapefast.edit.default
+
+
+def compute_profile(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The product as the model computes it, contiguous; in the same pass the statistics."""
+    statistics = (threshold, groups, counts, sums, square_sums, up_abs_sums, flags)
+    rows = check_statistics("profile", gate, up, activation, *statistics)
+    return backend_for(backend, gate.device.type).profile(rows, gate, up, activation, *statistics)
+
+
+def compute_profile_(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """`profile` with the product written over `gate`."""
+    statistics = (threshold, groups, counts, sums, square_sums, up_abs_sums, flags)
+    rows = check_statistics("profile_", gate, up, activation, *statistics)
+    check_writable(gate)
+    backend_for(backend, gate.device.type).profile_(rows, gate, up, activation, *statistics)
+
+
+def compute_observe(
+    gate: Tensor,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    flags: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """The statistics alone; `square_sums` are of the activation, as there is no product."""
+    statistics = (threshold, groups, counts, sums, square_sums, None, flags)
+    rows = check_statistics("observe", gate, None, activation, *statistics)
+    backend_for(backend, gate.device.type).observe(rows, gate, activation, *statistics)
+
+
+def compute_edit(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    sets: Tensor | None,
+    offsets: Tensor,
+    neurons: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    flags: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The product with the chosen neurons' activations replaced by `scale * a + shift`.
+
+    In float32 from the rounded activation: multiply, add, round once. A scale of 0 overwrites.
+    """
+    edits = (sets, offsets, neurons, scale, shift, flags)
+    rows = check_edit(gate, up, activation, *edits)
+    return backend_for(backend, gate.device.type).edit(rows, gate, up, activation, *edits)
+
+
+@torch.library.register_fake("lapefast::profile", lib=LIBRARY)
+def _(gate, up, activation, *statistics, backend="auto"):
+    check_statistics("profile", gate, up, activation, *statistics)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("lapefast::profile_", lib=LIBRARY)
+def _(gate, up, activation, *statistics, backend="auto"):
+    check_statistics("profile_", gate, up, activation, *statistics)
+    check_writable(gate)
+
+
+@torch.library.register_fake("lapefast::observe", lib=LIBRARY)
+def _(gate, activation, threshold, groups, counts, sums, square_sums, flags, backend="auto"):
+    statistics = (threshold, groups, counts, sums, square_sums, None, flags)
+    check_statistics("observe", gate, None, activation, *statistics)
+
+
+@torch.library.register_fake("lapefast::edit", lib=LIBRARY)
+def _(gate, up, activation, *edits, backend="auto"):
+    check_edit(gate, up, activation, *edits)
+    return gate.new_empty(gate.shape)
+
+
+for _op, _compute in (
+    ("profile", compute_profile),
+    ("profile_", compute_profile_),
+    ("observe", compute_observe),
+    ("edit", compute_edit),
+):
+    LIBRARY.impl(_op, _compute, "CompositeExplicitAutograd")
