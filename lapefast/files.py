@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lapefast.errors import InputError
 
-__all__ = ["existing_file", "write_atomically"]
+__all__ = ["existing_file", "read_torch", "write_atomically", "write_torch"]
 
 
 @contextmanager
@@ -62,6 +66,45 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
         raise InputError(
             f"cannot read the {what} {path}: {_reason(error)}; check the path"
         ) from error
+
+
+def read_torch(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a file saved by `torch.save` that holds tensors, lists, dicts and numbers alone.
+
+    Nothing else is ever unpickled, since a pickle can run code. Both the zip format and the older
+    one are read; tensors arrive on the CPU. `what` names the file in the InputError.
+    """
+    existing_file(path, what)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if _is_plain(content):
+            return content
+        cause = None
+    except Exception as error:  # noqa: BLE001 - torch, pickle and zip each raise their own
+        cause = error
+    raise InputError(
+        f"the {what} {path} must be torch-saved and hold tensors, lists, dicts and numbers alone, "
+        "but it holds something else (which is refused), or is cut short or damaged"
+    ) from cause
+
+
+def write_torch(path: str | os.PathLike[str], content: Any) -> None:
+    """Save `content` as `torch.save` does, atomically."""
+    # Through memory: torch reports a full disk by a RuntimeError that does not say so.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _is_plain(content: Any) -> bool:
+    if isinstance(content, torch.Tensor):
+        return content.layout is torch.strided and content.device.type == "cpu"
+    if isinstance(content, list):
+        return all(map(_is_plain, content))
+    if isinstance(content, dict):
+        return all(type(key) in (str, int) for key in content) and _is_plain([*content.values()])
+    return type(content) in (int, float)
 
 
 def _reason(error: OSError) -> str:

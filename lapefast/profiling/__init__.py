@@ -1,0 +1,1 @@
+"""The pass over a corpus, and the profile that it gives."""

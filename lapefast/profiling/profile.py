@@ -1,0 +1,359 @@
+"""A profile: sufficient statistics of a model's neurons over a corpus, per label and site."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lapefast.errors import InputError
+from lapefast.models.sites import Site
+from lapefast.profiling import published, storage
+
+__all__ = ["STATISTICS", "Profile"]
+
+STATISTICS = {
+    "counts": torch.int64,
+    "sums": torch.float64,
+    "square_sums": torch.float64,
+    "up_abs_sums": torch.float64,
+}
+"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|."""
+
+_SHARED = ("model", "fingerprint", "dtype", "threshold")
+"""Metadata that profiles have in common when they are added; `model` is only a name."""
+
+
+class Profile:
+    """Statistics of every neuron over texts, per label. Profiles of one model add up.
+
+    Args:
+        labels: what the texts are grouped by; distinct.
+        sites: the model's sites, in model order.
+        tokens: stack -> int64 [labels], tokens that entered each stack.
+        statistics: name (see `STATISTICS`) -> site name -> [labels, width]. Kept, not copied.
+        metadata: what can be written as JSON. `fingerprint`, `dtype` and `threshold` must agree
+            (where known) when profiles are added; `model` names the model; `corpora` lists, for
+            each label, dicts with `label`, `source` and `rows` [start, stop], by which text that
+            is counted twice is found (a source None is never the same as another); anything else,
+            such as tokenizer, batch size, threads and versions, describes the run.
+
+    Raises:
+        InputError: shapes, dtypes or names are not as said, a count is negative or above the
+            label's tokens, or a sum is not finite.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        sites: Sequence[Site],
+        tokens: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, Mapping[str, torch.Tensor]],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.labels = list(labels)
+        self.site_info = list(sites)
+        self._sites = {site.name: site for site in sites}
+        self.stack_tokens = {stack: count.detach().cpu() for stack, count in tokens.items()}
+        # Through JSON, so that a profile and its loaded copy say the same.
+        self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
+        self._check_structure()
+        self.statistics = {
+            name: {site: self._checked(name, site, values) for site in self._sites}
+            for name, values in statistics.items()
+        }
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites, in model order."""
+        return list(self._sites)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the model, if known."""
+        return self.metadata.get("fingerprint")
+
+    @property
+    def positional(self) -> bool:
+        """Whether sites are known by position only, as in published count files."""
+        return self.sites == [str(position) for position in range(len(self.sites))]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Tokens per label, int64 [labels]: of the encoder, if the model has one."""
+        return self.stack_tokens[storage.main_stack(self.stack_tokens)]
+
+    def site_tokens(self, site: str) -> torch.Tensor:
+        """Tokens per label that passed a site, int64 [labels]: its stack's, at each call."""
+        return self.stack_tokens[self._sites[site].stack] * self._sites[site].calls
+
+    @property
+    def counts(self) -> dict[str, torch.Tensor]:
+        """Site -> tokens at which each neuron was active, int64 [labels, width]."""
+        return self._statistic("counts")
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Site -> sum of each neuron's activations, float64 [labels, width]."""
+        return self._statistic("sums")
+
+    @property
+    def square_sums(self) -> dict[str, torch.Tensor]:
+        """Site -> sum of each neuron's squared products, float64 [labels, width]."""
+        return self._statistic("square_sums")
+
+    @property
+    def up_abs_sums(self) -> dict[str, torch.Tensor]:
+        """Site -> sum of the absolute values of `up`, float64 [labels, width]."""
+        return self._statistic("up_abs_sums")
+
+    def probabilities(self, label: str) -> dict[str, torch.Tensor]:
+        """Site -> share of the label's tokens at which each neuron is active, float64 [width].
+
+        Raises:
+            InputError: the profile has no such label, no counts, or no tokens of the label.
+        """
+        return self._per_token("counts", label)
+
+    def means(self, label: str) -> dict[str, torch.Tensor]:
+        """Site -> mean activation over the label's tokens, float64 [width].
+
+        Raises:
+            InputError: the profile has no such label, no sums, or no tokens of the label.
+        """
+        return self._per_token("sums", label)
+
+    def published_counts(self) -> torch.Tensor:
+        """The counts as int64 [layers, neurons, labels], as the published code stacks them.
+
+        Raises:
+            InputError: the sites' widths differ.
+        """
+        counts = self.counts
+        widths = {site.width for site in self.site_info}
+        if len(widths) > 1:
+            raise InputError(
+                "published counts need one width for all layers, but this model's sites have "
+                f"widths from {min(widths)} to {max(widths)}; use counts[site] instead"
+            )
+        return torch.stack([counts[site].T for site in self.sites])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as a safetensors file; the same profile gives the same bytes.
+
+        Raises:
+            InputError: the file cannot be written; then nothing is.
+        """
+        storage.write(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile.
+
+        Raises:
+            InputError: the file is missing, cut short, damaged, no profile, or of another format
+                version.
+        """
+        try:
+            return cls(*storage.read(path))
+        except InputError as error:
+            raise InputError(f"cannot load {path}: {error}") from error
+
+    def save_published(self, path: str | os.PathLike[str]) -> dict[str, str]:
+        """Write one published count file per label, and return label -> path.
+
+        Args:
+            path: a path that holds `{label}`, such as `activation.{label}.train.llama-2-7b`; or a
+                directory, in which files of that name are put, after the model's name.
+
+        Raises:
+            InputError: widths or token counts differ from site to site, a count does not fit the
+                format's int32, or a file cannot be written.
+        """
+        return published.write(path, self)
+
+    @classmethod
+    def from_published(
+        cls, files: Mapping[str, str | os.PathLike[str]], model: torch.nn.Module | None = None
+    ) -> Profile:
+        """Read published count files, which carry neither site names nor sums.
+
+        Args:
+            files: label -> path.
+            model: the model that was counted, to name the sites. Without it they are known by
+                position, and neurons found in the profile are bound to a model later.
+
+        Raises:
+            InputError: a file is not of that format, or the files or the model do not agree.
+        """
+        return cls(*published.read(files, model))
+
+    def __add__(self, other: Profile) -> Profile:
+        """Both profiles: a label in both is added, the others are taken over, in order.
+
+        Raises:
+            InputError: the profiles are of models, settings or statistics that differ, or some
+                text of a label is in both.
+        """
+        if not isinstance(other, Profile):
+            return NotImplemented
+        self._check_addable(other)
+        labels = list(dict.fromkeys(self.labels + other.labels))
+
+        def added(select: Callable[[Profile], torch.Tensor]) -> torch.Tensor:
+            values = select(self)
+            total = values.new_zeros(len(labels), *values.shape[1:])
+            for part in (self, other):
+                rows = torch.tensor([labels.index(label) for label in part.labels])
+                total.index_add_(0, rows, select(part))
+            return total
+
+        tokens = {s: added(lambda part, s=s: part.stack_tokens[s]) for s in self.stack_tokens}
+        statistics = {
+            name: {s: added(lambda part, n=name, s=s: part.statistics[n][s]) for s in self._sites}
+            for name in self.statistics
+        }
+        return Profile(labels, self.site_info, tokens, statistics, self._added_metadata(other))
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(
+            f"{label}: {count}"
+            for label, count in zip(self.labels, self.tokens.tolist(), strict=True)
+        )
+        return f"Profile({', '.join(self.statistics)} of {len(self._sites)} sites; {tokens} tokens)"
+
+    def _statistic(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.statistics:
+            raise InputError(
+                f"this profile holds {', '.join(self.statistics)} but no {name}; "
+                f"profile the model with statistics that include {name!r}"
+            )
+        return self.statistics[name]
+
+    def _per_token(self, name: str, label: str) -> dict[str, torch.Tensor]:
+        if label not in self.labels:
+            raise InputError(
+                f"this profile has no label {label!r}; its labels are {', '.join(self.labels)}"
+            )
+        row = self.labels.index(label)
+        if any(int(tokens[row]) == 0 for tokens in self.stack_tokens.values()):
+            raise InputError(f"this profile has no tokens of label {label!r}; add some text of it")
+        return {
+            site: values[row].to(torch.float64) / self.site_tokens(site)[row]
+            for site, values in self._statistic(name).items()
+        }
+
+    def _check_structure(self) -> None:
+        if not self.labels or not all(isinstance(name, str) and name for name in self.labels):
+            raise InputError(f"a profile needs labels that are strings, got {self.labels}")
+        if len(set(self.labels)) < len(self.labels):
+            raise InputError(f"the labels of a profile must be distinct, got {self.labels}")
+        if not self.site_info or len(self._sites) < len(self.site_info):
+            raise InputError(
+                f"a profile needs sites of distinct names, got {[s.name for s in self.site_info]}"
+            )
+        stacks = {site.stack for site in self.site_info}
+        if set(self.stack_tokens) != stacks:
+            raise InputError(
+                f"tokens of the stacks {sorted(stacks)} are needed, got {sorted(self.stack_tokens)}"
+            )
+        for stack, tokens in self.stack_tokens.items():
+            if tokens.dtype != torch.int64 or tokens.shape != (len(self.labels),):
+                raise InputError(
+                    f"tokens of stack {stack} must be int64 [labels] = [{len(self.labels)}], "
+                    f"got {tokens.dtype} {list(tokens.shape)}"
+                )
+            if (tokens < 0).any():
+                raise InputError(f"tokens of stack {stack} must not be negative")
+
+    def _checked(
+        self, name: str, site: str, values: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if name not in STATISTICS:
+            raise InputError(
+                f"a profile holds {', '.join(STATISTICS)}, but {name!r} was given; leave it out"
+            )
+        if values.keys() != self._sites.keys():
+            raise InputError(f"{name} must hold the profile's sites, all of them and no other")
+        tensor = values[site].detach().cpu().contiguous()
+        shape = (len(self.labels), self._sites[site].width)
+        if tensor.dtype != STATISTICS[name] or tensor.shape != shape:
+            raise InputError(
+                f"{name} of site {site} must be {STATISTICS[name]} [labels, width] = "
+                f"{list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if name == "counts":
+            if (tensor < 0).any():
+                raise InputError(f"counts of site {site} must not be negative")
+            if (tensor > self.site_tokens(site)[:, None]).any():
+                raise InputError(
+                    f"counts of site {site} must not exceed the label's tokens, but one does"
+                )
+        elif not torch.isfinite(tensor).all():
+            raise InputError(f"{name} of site {site} must be finite, but one is not")
+        return tensor
+
+    def _check_addable(self, other: Profile) -> None:
+        for key in _SHARED[1:]:
+            mine, theirs = self.metadata.get(key), other.metadata.get(key)
+            if None not in (mine, theirs) and mine != theirs:
+                raise InputError(
+                    f"profiles with {key} {mine} and {theirs} cannot be added; "
+                    "profile both texts with one model and one setting"
+                )
+        for mine, theirs in zip(self.site_info, other.site_info, strict=False):
+            if mine != theirs:
+                raise InputError(
+                    f"profiles of models that differ cannot be added: one has the site {mine} "
+                    f"where the other has {theirs}"
+                )
+        if len(self.site_info) != len(other.site_info):
+            raise InputError(
+                f"profiles of models that differ cannot be added: one has {len(self.site_info)} "
+                f"sites and the other {len(other.site_info)}"
+            )
+        if self.statistics.keys() != other.statistics.keys():
+            raise InputError(
+                f"profiles of {', '.join(self.statistics)} and of {', '.join(other.statistics)} "
+                "cannot be added; profile both texts with the same statistics"
+            )
+        for mine in self.metadata.get("corpora", ()):
+            for theirs in other.metadata.get("corpora", ()):
+                if _overlap(mine, theirs):
+                    raise InputError(
+                        f"profiles that share text cannot be added: rows {mine['rows']} and "
+                        f"{theirs['rows']} of {mine['source']} would be counted twice for label "
+                        f"{mine['label']!r}; leave one out"
+                    )
+
+    def _added_metadata(self, other: Profile) -> dict[str, Any]:
+        shared = {}
+        for key in _SHARED:
+            known = self.metadata.get(key)
+            shared[key] = other.metadata.get(key) if known is None else known
+        corpora = [*self.metadata.get("corpora", ()), *other.metadata.get("corpora", ())]
+        return {**shared, "corpora": corpora, "runs": _runs(self) + _runs(other)}
+
+
+def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two corpus entries hold some text in common under one label."""
+    if a.get("source") is None or a.get("source") != b.get("source") or a["label"] != b["label"]:
+        return False
+    # Rows of two lengths are no common measure, so their places in the token stream are compared.
+    per_row = [entry.get("seq_len", 1) for entry in (a, b)]
+    (a_start, a_stop), (b_start, b_stop) = (
+        [row * length for row in entry["rows"]]
+        for entry, length in zip((a, b), per_row, strict=True)
+    )
+    return max(a_start, b_start) < min(a_stop, b_stop)
+
+
+def _runs(profile: Profile) -> list[dict[str, Any]]:
+    """The settings of the runs that a profile came from, each without what all share."""
+    if "runs" in profile.metadata:
+        return profile.metadata["runs"]
+    apart = (*_SHARED, "corpora")
+    return [{key: value for key, value in profile.metadata.items() if key not in apart}]
