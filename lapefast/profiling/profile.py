@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ class Profile:
         statistics: name (see `STATISTICS`) -> site name -> [labels, width]. Kept, not copied.
         metadata: what can be written as JSON. `fingerprint`, `dtype` and `threshold` must agree
             (where known) when profiles are added; `model` names the model; `corpora` lists, for
-            each label, dicts with `label`, `source` and `rows` [start, stop], by which text that
-            is counted twice is found (a source None is never the same as another); anything else,
-            such as tokenizer, batch size, threads and versions, describes the run.
+            each label, dicts with `label`, `source` and `rows` [start, stop] of `seq_len` tokens,
+            by which text that is counted twice is found (a source None is like no other);
+            anything else, such as tokenizer, batch size, threads and versions, describes the run.
 
     Raises:
         InputError: shapes, dtypes or names are not as said, a count is negative or above the
@@ -202,19 +202,21 @@ class Profile:
             return NotImplemented
         self._check_addable(other)
         labels = list(dict.fromkeys(self.labels + other.labels))
+        my_rows, their_rows = (
+            torch.tensor([labels.index(label) for label in part.labels]) for part in (self, other)
+        )
 
-        def added(select: Callable[[Profile], torch.Tensor]) -> torch.Tensor:
-            values = select(self)
-            total = values.new_zeros(len(labels), *values.shape[1:])
-            for part in (self, other):
-                rows = torch.tensor([labels.index(label) for label in part.labels])
-                total.index_add_(0, rows, select(part))
-            return total
+        def added(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            total = mine.new_zeros(len(labels), *mine.shape[1:])
+            return total.index_add_(0, my_rows, mine).index_add_(0, their_rows, theirs)
 
-        tokens = {s: added(lambda part, s=s: part.stack_tokens[s]) for s in self.stack_tokens}
+        tokens = {
+            stack: added(mine, other.stack_tokens[stack])
+            for stack, mine in self.stack_tokens.items()
+        }
         statistics = {
-            name: {s: added(lambda part, n=name, s=s: part.statistics[n][s]) for s in self._sites}
-            for name in self.statistics
+            name: {site: added(mine[site], other.statistics[name][site]) for site in mine}
+            for name, mine in self.statistics.items()
         }
         return Profile(labels, self.site_info, tokens, statistics, self._added_metadata(other))
 
@@ -320,8 +322,8 @@ class Profile:
                 f"profiles of {', '.join(self.statistics)} and of {', '.join(other.statistics)} "
                 "cannot be added; profile both texts with the same statistics"
             )
-        for mine in self.metadata.get("corpora", ()):
-            for theirs in other.metadata.get("corpora", ()):
+        for mine in _corpora(self):
+            for theirs in _corpora(other):
                 if _overlap(mine, theirs):
                     raise InputError(
                         f"profiles that share text cannot be added: rows {mine['rows']} and "
@@ -334,25 +336,31 @@ class Profile:
         for key in _SHARED:
             known = self.metadata.get(key)
             shared[key] = other.metadata.get(key) if known is None else known
-        corpora = [*self.metadata.get("corpora", ()), *other.metadata.get("corpora", ())]
+        corpora = _corpora(self) + _corpora(other)
         return {**shared, "corpora": corpora, "runs": _runs(self) + _runs(other)}
+
+
+def _corpora(profile: Profile) -> list[dict[str, Any]]:
+    """The corpus entries, each with the row length that its row range is measured in."""
+    length = profile.metadata.get("seq_len")
+    return [{"seq_len": length, **entry} for entry in profile.metadata.get("corpora", ())]
 
 
 def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two corpus entries hold some text in common under one label."""
-    if a.get("source") is None or a.get("source") != b.get("source") or a["label"] != b["label"]:
+    if a.get("source") is None or a["source"] != b.get("source") or a["label"] != b["label"]:
         return False
-    # Rows of two lengths are no common measure, so their places in the token stream are compared.
-    per_row = [entry.get("seq_len", 1) for entry in (a, b)]
-    (a_start, a_stop), (b_start, b_stop) = (
-        [row * length for row in entry["rows"]]
-        for entry, length in zip((a, b), per_row, strict=True)
+    if not (a["seq_len"] and b["seq_len"]):
+        a, b = {**a, "seq_len": 1}, {**b, "seq_len": 1}
+    # Rows of two lengths are no common measure: compared are their places in the token stream.
+    starts, stops = zip(
+        *([row * entry["seq_len"] for row in entry["rows"]] for entry in (a, b)), strict=True
     )
-    return max(a_start, b_start) < min(a_stop, b_stop)
+    return max(starts) < min(stops)
 
 
 def _runs(profile: Profile) -> list[dict[str, Any]]:
-    """The settings of the runs that a profile came from, each without what all share."""
+    """The settings of the runs that a profile came from, each without what all of them share."""
     if "runs" in profile.metadata:
         return profile.metadata["runs"]
     apart = (*_SHARED, "corpora")

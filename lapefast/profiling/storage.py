@@ -95,7 +95,7 @@ def read(
             name: {site.name: tensors.pop(f"{name}/{site.name}") for site in sites}
             for name in about["statistics"]
         }
-        arguments = (about["labels"], sites, tokens, statistics, about["metadata"])
+        arguments = (list(about["labels"]), sites, tokens, statistics, dict(about["metadata"]))
     except KeyError as error:
         raise InputError(f"the profile lacks the entry {error}; make it again") from error
     except (TypeError, ValueError, safetensors.SafetensorError) as error:
