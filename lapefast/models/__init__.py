@@ -1,0 +1,8 @@
+"""Where a model's sites are, and ops placed in them."""
+
+from lapefast.models.bare import bare_model
+from lapefast.models.fingerprint import fingerprint
+from lapefast.models.sites import Site
+from lapefast.models.structure import find_sites
+
+__all__ = ["Site", "bare_model", "find_sites", "fingerprint"]

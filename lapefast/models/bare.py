@@ -1,0 +1,94 @@
+"""The bare decoder or encoder-decoder inside a model, and the names of what is in it.
+
+A causal, compiled, adapted or sharded form of one model must give the same names, so wrappers are
+taken off the model and their prefixes out of every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without torch.compile, data-parallel, FSDP and PEFT wrappers."""
+    while True:
+        kind = type(model).__name__
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif "_fsdp_wrapped_module" in model._modules:
+            model = model._fsdp_wrapped_module
+        elif kind in ("DataParallel", "DistributedDataParallel"):
+            model = model.module
+        elif hasattr(model, "get_base_model") and "base_model" in model._modules:
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The decoder, encoder or encoder-decoder that holds the FFNs, without a task's head.
+
+    Of a multi-modal model it is the language model.
+    """
+    model = unwrap(model)
+    while True:
+        base = getattr(model, "base_model", model)
+        if isinstance(base, nn.Module) and base is not model:
+            model = unwrap(base)
+            continue
+        language = model._modules.get("language_model")
+        if language is None:
+            return model
+        model = unwrap(language)
+
+
+def is_encoder_decoder(bare: nn.Module) -> bool:
+    """Whether the model reads one text and writes another."""
+    config = getattr(bare, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and {"encoder", "decoder"} <= set(
+        bare._modules
+    )
+
+
+def stacks(bare: nn.Module) -> dict[str, nn.Module]:
+    """Stack name -> the module whose input's tokens pass through the stack's FFNs."""
+    if is_encoder_decoder(bare):
+        return {"encoder": bare.encoder, "decoder": bare.decoder}
+    return {"encoder" if "encoder" in bare._modules else "decoder": bare}
+
+
+def named_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, with its path freed of wrapper prefixes, in definition order."""
+    for path, module in bare.named_modules():
+        yield clean_path(path), module
+
+
+def clean_path(path: str) -> str:
+    """A module path without the prefixes that wrappers put into it."""
+    path += "."
+    for prefix in _PREFIXES:
+        path = path.replace(prefix, "")
+    return path.rstrip(".")
+
+
+def text_config(model: nn.Module):
+    """The language model's configuration, or None for a module without one."""
+    config = getattr(bare_model(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run the model in ``eval()`` and give each module its own training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,164 @@
+"""Reading a gated FFN's forward: which classes compute exactly ``down(act(gate(x)) * up(x))``.
+
+Names alone lie: of the classes in transformers with the gated names, one in ten clamps, scales,
+normalises or swaps something in between. So a class's source decides. Its forward is reduced to one
+expression over ``self`` and ``x`` (annotations, docstrings and local names removed) and compared
+with the two forms below; everything else keeps its own forward.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class GatedForward:
+    """The submodule names of a forward that is exactly a gated FFN.
+
+    Attributes:
+        gate: makes the gate, or gate and up in one tensor where ``up`` is None (gate first).
+        up: makes up, or None.
+        activation, down: the activation and the last projection.
+    """
+
+    gate: str
+    up: str | None
+    activation: str
+    down: str
+
+
+def read_forward(module: nn.Module) -> GatedForward | None:
+    """The form of ``type(module).forward``, or None if it is not exactly a known one.
+
+    None also where the source can't be read or a name is no submodule of ``module``.
+    """
+    form = _read_class(type(module))
+    if form is None:
+        return None
+    names = {form.gate, form.up, form.activation, form.down} - {None}
+    return form if all(module._modules.get(name) is not None for name in names) else None
+
+
+@functools.lru_cache(maxsize=None)
+def _read_class(cls: type) -> GatedForward | None:
+    forward = cls.forward
+    if not inspect.isfunction(forward) or cls.__call__ is not nn.Module.__call__:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+        return None
+    expression = _single_expression(definition)
+    return None if expression is None else _match(expression)
+
+
+def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
+    """What the function returns, in terms of ``self`` and ``x`` only; None if it does more."""
+    arguments = definition.args
+    if (
+        len(arguments.args) != 2
+        or arguments.posonlyargs
+        or arguments.kwonlyargs
+        or arguments.vararg
+        or arguments.kwarg
+        or arguments.defaults
+    ):
+        return None
+    owner, given = (argument.arg for argument in arguments.args)
+    values: dict[str, ast.expr] = {owner: ast.Name("self"), given: ast.Name("x")}
+    for statement in definition.body:
+        match statement:
+            case ast.Expr(value=ast.Constant(value=str())):
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) | ast.AnnAssign(
+                target=ast.Name(id=name), value=ast.expr() as value
+            ):
+                values[name] = _substitute(value, values)
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=value) if all(
+                isinstance(name, ast.Name) for name in names
+            ):
+                whole = _substitute(value, values)
+                for index, name in enumerate(names):
+                    values[name.id] = ast.Subscript(whole, ast.Constant(index))
+            case ast.Return(value=ast.expr() as value):
+                return _substitute(value, values) if statement is definition.body[-1] else None
+            case _:
+                return None
+    return None
+
+
+def _substitute(expression: ast.expr, values: dict[str, ast.expr]) -> ast.expr:
+    class Substitute(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return values.get(node.id, ast.Name(f"global {node.id}"))
+
+    # A fresh parse, because a transformer changes the tree that it walks.
+    return Substitute().visit(ast.parse(ast.unparse(expression), mode="eval").body)
+
+
+def _match(expression: ast.expr) -> GatedForward | None:
+    match expression:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr=down),
+            args=[ast.BinOp(left=left, op=ast.Mult(), right=right)],
+            keywords=[],
+        ):
+            # A product of two is the same bits in either order.
+            return _match_factors(left, right, down) or _match_factors(right, left, down)
+    return None
+
+
+def _match_factors(activated: ast.expr, up: ast.expr, down: str) -> GatedForward | None:
+    match activated:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr=activation),
+            args=[gate],
+            keywords=[],
+        ):
+            gate_name, up_name = _projection(gate), _projection(up)
+            if gate_name and up_name:
+                return GatedForward(gate_name, up_name, activation, down)
+            gate_half, up_half = _half(gate, 0), _half(up, 1)
+            if gate_half and gate_half == up_half:
+                return GatedForward(gate_half, None, activation, down)
+    return None
+
+
+def _projection(expression: ast.expr) -> str | None:
+    """``name`` of ``self.name(x)``."""
+    match expression:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr=name),
+            args=[ast.Name(id="x")],
+            keywords=[],
+        ):
+            return name
+    return None
+
+
+def _half(expression: ast.expr, index: int) -> str | None:
+    """``name`` of ``self.name(x).chunk(2, dim=-1)[index]``."""
+    match expression:
+        case ast.Subscript(
+            value=ast.Call(
+                func=ast.Attribute(value=whole, attr="chunk"),
+                args=[ast.Constant(value=2)],
+                keywords=[
+                    ast.keyword(
+                        arg="dim", value=ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1))
+                    )
+                ],
+            ),
+            slice=ast.Constant(value=found),
+        ) if found == index:
+            return _projection(whole)
+    return None

@@ -1,0 +1,364 @@
+"""What runs at a site while ops are placed there.
+
+`SiteState` hangs on the module whose forward was replaced, and the two forwards below are bound to
+that module: no closure holds it, so a deep copy of a model computes with its own weights, and its
+state comes out inert, which makes the copy unpatched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapefast import ops
+from lapefast.errors import InputError
+from lapefast.models.activations import fused_dtypes
+from lapefast.models.structure import FFN
+
+STATE = "_lapefast"
+
+
+@dataclass
+class RowIndex:
+    """Which group or edit set each row of a stack's input belongs to: int32, a row or one each."""
+
+    tensor: Tensor | None = None
+
+
+@dataclass
+class SiteStatistics:
+    """Where a recorder's ops add up; shapes as in `lapefast.ops`."""
+
+    groups: RowIndex
+    threshold: float
+    flags: Tensor
+    counts: Tensor | None = None
+    sums: Tensor | None = None
+    square_sums: Tensor | None = None
+    up_abs_sums: Tensor | None = None
+    backend: str = "auto"
+    exact: bool = True
+    last: bool = False
+    """Whether nothing reads this FFN's output, so that its product need not be made."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> statistic, of those asked for."""
+        named = ("counts", "sums", "square_sums", "up_abs_sums")
+        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+
+
+@dataclass
+class SiteEdits:
+    """One site's edit tables; shapes as in `lapefast.ops`."""
+
+    sets: RowIndex
+    offsets: Tensor
+    neurons: Tensor
+    scale: Tensor
+    shift: Tensor
+    flags: Tensor
+    backend: str = "auto"
+    exact: bool = True
+
+
+class SiteState:
+    """What is placed at one site: a recorder's statistics, a steering's edits, or both."""
+
+    def __init__(self, ffn: FFN | None = None, original: Any = None) -> None:
+        self.name = ffn.site.name if ffn else ""
+        self.width = ffn.site.width if ffn else 0
+        self.form = ffn.forward if ffn else None
+        self.statistics: SiteStatistics | None = None
+        self.edits: SiteEdits | None = None
+        self.active = ffn is not None
+        self.proven = False
+        self.fired = 0
+        self.rows: int | None = None  # what a proof expects to see
+        self.kernel = "identity"
+        self.fused: frozenset[torch.dtype] = frozenset()
+        self.foreign = False  # whether somebody else replaced the activation's forward
+        self._original = original  # the instance's own forward, if it had one
+
+    def __deepcopy__(self, memo: dict) -> SiteState:
+        return SiteState()
+
+    def __reduce__(self) -> tuple:
+        return SiteState, ()
+
+    def choose_kernel(self, activation: nn.Module, device: torch.device) -> None:
+        """Decide, for what is placed now, in which dtypes the kernel computes the activation."""
+        if not self.foreign:
+            self.kernel, self.fused = fused_dtypes(activation, device, self.exact)
+
+    @property
+    def exact(self) -> bool:
+        """Whether outputs must equal the model's own bit for bit."""
+        return all(role.exact for role in (self.statistics, self.edits) if role is not None)
+
+    def original(self, module: nn.Module) -> Any:
+        """The forward that was there before."""
+        return self._original or type(module).forward.__get__(module)
+
+    def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
+        """`activation(gate) * up`, counted and edited."""
+        gate, kernel, fresh = self._given(activation, gate)
+        if up.dtype is not gate.dtype:
+            return self.observe(self._edit(gate, None, kernel)) * up
+        statistics = self.statistics
+        if statistics is None:
+            return self._edit(gate, up, kernel)
+        if self.edits is not None:
+            gate, kernel, fresh = self._edit(gate, None, kernel), "identity", True
+        if (writable or fresh) and not (
+            torch.compiler.is_compiling() or (torch.is_grad_enabled() and gate.requires_grad)
+        ):
+            _profile(ops.profile_, gate, up, kernel, statistics)
+            return gate
+        return _profile(ops.profile, gate, up, kernel, statistics)
+
+    def activated(self, module: nn.Module, given: tuple, options: dict) -> Tensor:
+        """The activation module's output, counted and edited; the product is the model's own."""
+        if len(given) == 1 and not options and given[0].dtype in self.fused:
+            gate, kernel = given[0], self.kernel
+            if self.edits is None:
+                return _profile(ops.profile, gate, None, kernel, self.statistics)
+        else:
+            gate, kernel = self.original(module)(*given, **options), "identity"
+        return self.observe(self._edit(gate, None, kernel))
+
+    def observe(self, activation: Tensor, kernel: str = "identity") -> Tensor:
+        """Count an activation that is made (or, by `kernel`, one that nothing else reads)."""
+        statistics = self.statistics
+        if statistics is not None:
+            ops.observe(
+                activation,
+                kernel,
+                statistics.threshold,
+                statistics.groups.tensor,
+                statistics.counts,
+                statistics.sums,
+                statistics.square_sums,
+                statistics.flags,
+                backend=statistics.backend,
+            )
+        return activation
+
+    def ends_here(self) -> bool:
+        """Whether this FFN may stop at its activation: nothing reads on, nothing needs up."""
+        statistics = self.statistics
+        return (
+            statistics is not None
+            and statistics.last
+            and statistics.square_sums is None
+            and statistics.up_abs_sums is None
+        )
+
+    def end(self, activation: nn.Module, gate: Tensor) -> None:
+        """Count the activation of `gate` without making a product."""
+        gate, kernel, _ = self._given(activation, gate)
+        if self.edits is not None:
+            gate, kernel = self._edit(gate, None, kernel), "identity"
+        self.observe(gate, kernel)
+
+    def _given(self, activation: nn.Module, gate: Tensor) -> tuple[Tensor, str, bool]:
+        """What the kernel reads, as which activation, and whether it may be written over."""
+        if gate.dtype in self.fused and not _has_hooks(activation):
+            return gate, self.kernel, False
+        activated = activation(gate)
+        return activated, "identity", activated is not gate and not _has_hooks(activation)
+
+    def _edit(self, gate: Tensor, up: Tensor | None, kernel: str) -> Tensor:
+        edits = self.edits
+        if edits is None:
+            return gate
+        return ops.edit(
+            gate,
+            up,
+            kernel,
+            edits.sets.tensor,
+            edits.offsets,
+            edits.neurons,
+            edits.scale,
+            edits.shift,
+            edits.flags,
+            backend=edits.backend,
+        )
+
+
+def _profile(op: Any, gate: Tensor, up: Tensor | None, kernel: str, s: SiteStatistics):
+    return op(
+        gate,
+        up,
+        kernel,
+        s.threshold,
+        s.groups.tensor,
+        s.counts,
+        s.sums,
+        s.square_sums,
+        s.up_abs_sums if up is not None else None,
+        s.flags,
+        backend=s.backend,
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody else watches what the module returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` by the module's own submodules, with the ops in between."""
+    state: SiteState = self.__dict__[STATE]
+    if not state.active:
+        return state.original(self)(x)
+    if not torch.compiler.is_compiling():
+        state.fired += 1
+        if not state.proven:
+            return prove(state, self, (x,), {})
+    return _gated(self, state, x)
+
+
+def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
+    """The activation module's own forward, its output counted and edited."""
+    state: SiteState = self.__dict__[STATE]
+    if not state.active:
+        return state.original(self)(*given, **options)
+    if not torch.compiler.is_compiling():
+        state.fired += 1
+        if not state.proven:
+            return prove(state, self, given, options)
+    return state.activated(self, given, options)
+
+
+# Pickling stores a bound method by its name: under this one a loaded model has its class's forward.
+gated_forward.__name__ = activation_forward.__name__ = "forward"
+
+
+def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
+    form = state.form
+    projection, activation = getattr(self, form.gate), getattr(self, form.activation)
+    gate = projection(x)
+    if form.up is None:
+        gate, up = gate.chunk(2, dim=-1)
+        if state.ends_here():
+            state.end(activation, gate)
+            return torch.zeros_like(x)
+        product = state.product(activation, gate, up, writable=False)
+    else:
+        if state.ends_here():
+            state.end(activation, gate)
+            return torch.zeros_like(x)
+        product = state.product(
+            activation, gate, getattr(self, form.up)(x), writable=not _has_hooks(projection)
+        )
+    if state.statistics is not None and state.statistics.last:
+        return torch.zeros_like(x)
+    return getattr(self, form.down)(product)
+
+
+def prove(state: SiteState, module: nn.Module, given: tuple, options: dict) -> Tensor:
+    """Run a replaced forward beside the original on the same input; both must agree.
+
+    Outputs bit for bit (closely where inexact kernels were asked for), counts exactly, and as many
+    rows as the model's input has tokens.
+
+    Raises:
+        InputError: naming the site, where they do not.
+    """
+    statistics = state.statistics
+    last, before = False, None
+    if statistics is not None:
+        last, statistics.last = statistics.last, False
+        before = None if statistics.counts is None else statistics.counts.clone()
+    try:
+        expected, activation = _expected(state, module, given, options)
+        if activation.shape[-1:] != (state.width,):
+            raise InputError(
+                f"{state.name}: expected activations of width {state.width}, got "
+                f"{list(activation.shape)}"
+            )
+        rows = activation.numel() // state.width
+        if state.rows is not None and rows != state.rows:
+            raise InputError(
+                f"{state.name} saw {rows} rows where the model's input has {state.rows} tokens, so "
+                "its activations can't be assigned to tokens"
+            )
+        if state.form is not None:
+            actual = _gated(module, state, *given, **options)
+        else:
+            actual = state.activated(module, given, options)
+    finally:
+        if statistics is not None:
+            statistics.last = last
+    if not _agree(expected, actual.detach(), state.exact):
+        raise InputError(
+            f"{state.name}: the placed forward differs from {type(module).__name__}'s own on the "
+            "same input; please report the model"
+        )
+    if before is not None and state.exact:
+        active = activation.reshape(-1, state.width).float() > torch.tensor(
+            statistics.threshold, dtype=torch.float32, device=activation.device
+        )
+        if not torch.equal(statistics.counts - before, _counted(active, statistics)):
+            raise InputError(
+                f"{state.name}: the placed counts differ from those of {type(module).__name__}'s "
+                "own activations; please report the model"
+            )
+    state.proven = True
+    return actual
+
+
+@torch.no_grad()
+def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
+    """The original's output with the edits made the plain way, and the edited activation."""
+    seen = []
+
+    def edit(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        edits = state.edits
+        if edits is not None:
+            output = ops.edit(
+                output,
+                None,
+                "identity",
+                edits.sets.tensor,
+                edits.offsets,
+                edits.neurons,
+                edits.scale,
+                edits.shift,
+                edits.flags,
+                backend="reference",
+            )
+        seen.append(output)
+        return output
+
+    if state.form is None:
+        return edit(module, given, state.original(module)(*given, **options)), seen[0]
+    hook = getattr(module, state.form.activation).register_forward_hook(edit)
+    try:
+        return state.original(module)(*given, **options), seen[0]
+    finally:
+        hook.remove()
+
+
+def _counted(active: Tensor, statistics: SiteStatistics) -> Tensor:
+    counted = torch.zeros_like(statistics.counts)
+    groups = statistics.groups.tensor
+    if groups is None:
+        groups = torch.zeros(1, dtype=torch.int32, device=active.device)
+    groups = groups.reshape(-1).expand(len(active))
+    kept = groups >= 0
+    return counted.index_add_(0, groups[kept].long(), active[kept].long())
+
+
+def _agree(expected: Tensor, actual: Tensor, exact: bool) -> bool:
+    if exact:
+        return torch.equal(expected.nan_to_num(), actual.nan_to_num()) and torch.equal(
+            expected.isnan(), actual.isnan()
+        )
+    # A product off by a few roundings, summed over a row: far below what a wrong formula gives.
+    scale = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    bound = 64 * torch.finfo(expected.dtype).eps
+    return bool(((expected.float() - actual.float()).abs().max() / scale) < bound)

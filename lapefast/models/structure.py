@@ -1,0 +1,214 @@
+"""Finding a model's FFNs by their structure.
+
+``TABLE`` names the parts of the families' FFNs. A module that the table doesn't know is still an
+FFN if its children say so: linear layers that widen and narrow back, and one activation module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lapefast.errors import InputError
+from lapefast.models.bare import bare_model, named_modules
+from lapefast.models.forwards import GatedForward, read_forward
+from lapefast.models.sites import Site
+
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
+
+_Parts = tuple[nn.Module, nn.Module, bool]  # activation, last projection, whether gated
+
+
+@dataclass(frozen=True)
+class Row:
+    """The parts of one kind of FFN, as paths from the module that owns them.
+
+    Attributes:
+        first: the projections that widen; the first of them makes the gate.
+        last: the projection that narrows back.
+        activations: the names that the activation module may have.
+    """
+
+    first: tuple[str, ...]
+    last: str
+    activations: tuple[str, ...] = _ACTIVATION_NAMES
+
+
+TABLE = (
+    # gated
+    Row(("gate_proj", "up_proj"), "down_proj"),
+    Row(("gate_up_proj",), "down_proj"),
+    Row(("wi_0", "wi_1"), "wo"),
+    Row(("w1", "w3"), "w2"),
+    Row(("Wi",), "Wo"),
+    Row(("input_linear",), "output_linear"),
+    # plain
+    Row(("fc1",), "fc2"),
+    Row(("c_fc",), "c_proj"),
+    Row(("dense_h_to_4h",), "dense_4h_to_h", (*_ACTIVATION_NAMES, "gelu_impl")),
+    Row(("fc_in",), "fc_out"),
+    Row(("up_proj",), "down_proj"),
+    Row(("wi",), "wo"),
+    Row(("lin1",), "lin2"),
+    Row(("linear1",), "linear2"),
+    Row(("layer_1",), "layer_2"),
+    Row(("ffn",), "ffn_output"),
+    # the two projections stand in two modules of the layer
+    Row(("intermediate.dense",), "output.dense", ("intermediate.intermediate_act_fn",)),
+)
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One FFN as found.
+
+    Attributes:
+        site: its name, width and activation.
+        owner: the module that holds the parts.
+        activation: the activation module.
+        last: the last projection.
+        gated: whether the activation is multiplied by up before the last projection.
+        forward: how to replace the owner's forward, or None where only its activation is handled.
+    """
+
+    site: Site
+    owner: nn.Module
+    activation: nn.Module
+    last: nn.Module
+    gated: bool
+    forward: GatedForward | None
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The model's sites, in model order.
+
+    Raises:
+        InputError: where no FFN is found, or one is found that can't be handled.
+    """
+    return [ffn.site for ffn in find_ffns(model)]
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """The model's FFNs, in model order; errors as in `find_sites`."""
+    bare = bare_model(model)
+    found = [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module)]
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no feed-forward block that lapefast can find; expected "
+            "modules with linear layers and an activation module between them (docs/"
+            "adding-a-model.md says how to add one)"
+        )
+    owners: dict[nn.Module, str] = {}
+    for ffn in found:
+        if ffn.activation in owners:
+            raise InputError(
+                f"the FFNs {owners[ffn.activation]} and {ffn.site.name} of {type(model).__name__} "
+                "share one activation module, so their neurons can't be told apart; give each its "
+                "own"
+            )
+        owners[ffn.activation] = ffn.site.name
+    return found
+
+
+def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
+    _refuse_experts(path, module)
+    parts = _parts_by_table(path, module) or _parts_by_shape(module)
+    if parts is None:
+        return
+    activation, last, gated = parts
+    width = _features(last)[0]
+    forward = read_forward(module)
+    if forward and module._modules[forward.activation] is not activation:
+        forward = None
+    stack = "encoder" if path.startswith("encoder.") else "decoder"
+    site = Site(path, width, type(activation).__name__, stack)
+    yield FFN(site, module, activation, last, gated, forward)
+
+
+def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
+    for row in TABLE:
+        projections = [_child(module, name) for name in (*row.first, row.last)]
+        if not all(map(_is_linear, projections)):
+            continue
+        *first, last = projections
+        widened, width = _features(first[0])[1], _features(last)[0]
+        if widened not in (width, 2 * width):
+            continue
+        for name in row.activations:
+            activation = _child(module, name)
+            if isinstance(activation, nn.Module):
+                return activation, last, len(first) == 2 or widened != width
+        raise InputError(
+            f"the FFN {path or type(module).__name__} ({type(module).__name__}) calls its "
+            "activation as a function, which can't be observed; make it a module of the FFN named "
+            f"{row.activations[0]} (docs/adding-a-model.md)"
+        )
+    return None
+
+
+def _parts_by_shape(module: nn.Module) -> _Parts | None:
+    """The activation and last projection of an FFN that no row of the table names."""
+    children = [child for child in module.children() if not _is_passive(child)]
+    linears = [child for child in children if _is_linear(child)]
+    activations = [child for child in children if _is_activation(child)]
+    if (
+        len(activations) != 1
+        or not 2 <= len(linears) <= 3
+        or len(children) != len(linears) + 1
+        or next(module.parameters(recurse=False), None) is not None
+    ):
+        return None
+    *first, last = linears
+    width, hidden = _features(last)
+    widened = [_features(one) for one in first]
+    if all(one == (hidden, width) for one in widened) or widened == [(hidden, 2 * width)]:
+        return activations[0], last, widened != [(hidden, width)]
+    return None
+
+
+def _refuse_experts(path: str, module: nn.Module) -> None:
+    stacked = getattr(module, "down_proj", None)
+    if isinstance(stacked, nn.Parameter) or (
+        isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts"
+    ):
+        raise InputError(
+            f"{path} ({type(module).__name__}) is a mixture of experts, whose neurons see only the "
+            "tokens routed to them; lapefast handles dense FFNs only"
+        )
+
+
+def _child(module: nn.Module, path: str):
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def _is_linear(module: object) -> bool:
+    return isinstance(module, nn.Module) and _features(module) is not None
+
+
+def _features(linear: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer: torch's, transformers' Conv1D, quantised or adapted ones."""
+    if hasattr(linear, "in_features") and hasattr(linear, "out_features"):
+        return linear.in_features, linear.out_features
+    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+        return tuple(linear.weight.shape)
+    return None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    cls = type(module)
+    return (
+        cls.__module__ in ("torch.nn.modules.activation", "transformers.activations")
+        or re.search("gelu|silu|relu|swish|swiglu|mish|tanh|sigmoid|activation", cls.__name__, re.I)
+        is not None
+    ) and not any(map(_is_linear, module.modules()))
+
+
+def _is_passive(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Dropout, nn.Identity)) or "Norm" in type(module).__name__

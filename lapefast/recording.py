@@ -1,0 +1,346 @@
+"""A recorder: the statistics ops placed in a model, for one's own loop or for the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lapefast
+from lapefast.errors import InputError
+from lapefast.models.bare import stacks, unwrap
+from lapefast.models.fingerprint import fingerprint
+from lapefast.models.placed import RowIndex, SiteState, SiteStatistics
+from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
+from lapefast.models.structure import FFN
+from lapefast.profiling.profile import STATISTICS, Profile
+
+
+def record(
+    model: nn.Module,
+    labels: Sequence[str],
+    statistics: Sequence[str] = ("counts",),
+    threshold: float = 0.0,
+    exact: bool = True,
+    backend: str | None = None,
+) -> Recorder:
+    """Place a recorder in ``model``.
+
+    Args:
+        model: any model whose FFNs `lapefast.models.find_sites` finds.
+        labels: what the tokens are grouped by.
+        statistics: of ``counts``, ``sums`` (of activations), ``square_sums`` (of squared products)
+            and ``up_abs_sums`` (of the absolute values of up; gated FFNs only).
+        threshold: a neuron is active where its activation is strictly above it.
+        exact: fuse only activations proven bit-equal to the model's own; otherwise all that a
+            kernel exists for.
+        backend: who computes the ops; None takes ``LAPEFAST_BACKEND`` or the best for the device.
+
+    Returns:
+        A context manager; ``recorder.set(...)`` before each forward, ``recorder.profile()`` inside
+        or after.
+
+    Raises:
+        InputError: where the model has no FFNs that can be handled, or holds a recorder already.
+    """
+    return Recorder(model, labels, statistics, threshold, exact, backend)
+
+
+class Recorder:
+    """See `record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Sequence[str],
+        statistics: Sequence[str] = ("counts",),
+        threshold: float = 0.0,
+        exact: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        self.labels = _check_labels(labels)
+        self._names = _check_statistics(statistics)
+        self._threshold = _check_threshold(threshold)
+        self._exact, self._backend = exact, backend
+        self._statistics: dict[str, SiteStatistics] = {}
+        self._stacks: dict[str, _StackRows] = {}
+        self._hooks: list[Any] = []
+        self._placement = Placement.claim(
+            model, "recorder", self, f"labels {', '.join(self.labels)}"
+        )
+        try:
+            for name, module in stacks(self._placement.bare).items():
+                device = next(module.parameters()).device
+                rows = self._stacks[name] = _StackRows(len(self.labels), device)
+                self._hooks.append(
+                    module.register_forward_pre_hook(rows.before_forward, with_kwargs=True)
+                )
+            self._placement.fill(self._place)
+            self._probe()
+            self.sites = self._placement.sites()
+            self._metadata = self._describe(model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @property
+    def unproven(self) -> list[str]:
+        """Sites that no token has reached yet, so that they were not compared with the original."""
+        return [name for name, state in self._placement.states.items() if not state.proven]
+
+    @property
+    def how(self) -> dict[str, str]:
+        """Site -> "fused" (the kernel computes the activation) or "given" (the model's module)."""
+        return self._placement.how()
+
+    def set(
+        self,
+        label: str | None = None,
+        mask: Tensor | None = None,
+        groups: Tensor | None = None,
+        decoder_mask: Tensor | None = None,
+        decoder_groups: Tensor | None = None,
+    ) -> None:
+        """Say what the tokens of the next forward passes are.
+
+        Args:
+            label: the label of every token.
+            mask: [batch, length] as the model's attention mask: 0 is padding and counts nowhere.
+                None counts every token.
+            groups: instead of a label, an integer tensor like the input ids: each token's index
+                into ``labels``, or -1.
+            decoder_mask, decoder_groups: the same for the decoder's input of an encoder-decoder.
+
+        Raises:
+            InputError: for an unknown label, an index out of range, or not just one of label and
+                groups.
+        """
+        if (label is None) == (groups is None):
+            raise InputError("recorder.set needs either a label or groups, not both or neither")
+        if set(self._stacks) == {"encoder", "decoder"}:
+            if groups is not None and decoder_groups is None:
+                raise InputError(
+                    "groups of an encoder-decoder's input need decoder_groups for its decoder's"
+                )
+            given = {"encoder": (mask, groups), "decoder": (decoder_mask, decoder_groups)}
+        elif decoder_mask is None and decoder_groups is None:
+            given = {name: (mask, groups) for name in self._stacks}
+        else:
+            raise InputError(
+                "decoder_mask and decoder_groups are for encoder-decoder models; this model takes "
+                "mask and groups"
+            )
+        indices = {name: self._indices(label, *pair) for name, pair in given.items()}
+        for name, index in indices.items():
+            self._stacks[name].set(index)
+
+    def profile(self) -> Profile:
+        """What was counted so far, as a `Profile` of its own.
+
+        Raises:
+            InputError: where an activation was not finite (naming the site), or nothing was
+                counted.
+        """
+        tokens = {name: rows.tokens[1:].cpu() for name, rows in self._stacks.items()}
+        if not any(int(count.sum()) for count in tokens.values()):
+            raise InputError(
+                "nothing was recorded: call recorder.set(...) and run the model before "
+                "recorder.profile()"
+            )
+        self.check()
+        collected: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
+        for site, statistics in self._statistics.items():
+            for name, tensor in statistics.tensors().items():
+                collected[name][site] = tensor.to("cpu", copy=True)
+        return Profile(self.labels, self.sites, tokens, collected, self._metadata)
+
+    def check(self) -> None:
+        """Raise InputError, naming the site, if an activation was not finite so far."""
+        for site, statistics in self._statistics.items():
+            non_finite, outside = statistics.flags.tolist()
+            if non_finite:
+                raise InputError(
+                    f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
+                    "they count means nothing; check the model's weights or use a wider dtype"
+                )
+            if outside:
+                raise InputError(f"{site}: {outside} group indices lie outside the labels")
+
+    def end_at_last_site(self) -> None:
+        """Let the last FFN stop at its activation, where the model's output is not wanted.
+
+        The forward pass then returns nothing meaningful. For the pass over a corpus.
+        """
+        last = self.sites[-1]
+        if last.calls == 1 and last.name not in self.unproven:
+            self._statistics[last.name].last = True
+
+    def remove(self) -> None:
+        """Take the recorder out of the model; what it counted stays readable. Safe to repeat."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._placement.release("recorder", "statistics", self)
+
+    def _place(self, ffn: FFN, state: SiteState) -> None:
+        site, device = ffn.site, device_of(ffn)
+        if state.form is None:
+            refused = {"up_abs_sums"} | ({"square_sums"} if ffn.gated else set())
+            for name in self._names:
+                if name in refused:
+                    raise InputError(
+                        f"{name} can't be recorded at {site.name}: {type(ffn.owner).__name__} "
+                        "computes its product in its own code"
+                    )
+        tensors = {
+            name: torch.zeros(len(self.labels), site.width, dtype=STATISTICS[name], device=device)
+            for name in self._names
+        }
+        state.statistics = self._statistics[site.name] = SiteStatistics(
+            groups=self._stacks[site.stack].index,
+            threshold=self._threshold,
+            flags=torch.zeros(2, dtype=torch.int64, device=device),
+            backend=chosen_backend(self._backend, device),
+            exact=self._exact,
+            **tensors,
+        )
+
+    def _probe(self) -> None:
+        for rows in self._stacks.values():
+            rows.set(torch.zeros(1, dtype=torch.int32))
+        self._placement.prove()
+        for rows in self._stacks.values():
+            rows.clear()
+        for statistics in self._statistics.values():
+            for tensor in (*statistics.tensors().values(), statistics.flags):
+                tensor.zero_()
+
+    def _describe(self, model: nn.Module) -> dict[str, Any]:
+        config = getattr(unwrap(model), "config", None)
+        dtypes = {str(dtype_of(ffn)).removeprefix("torch.") for ffn in self._placement.ffns}
+        return {
+            "model": getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
+            "architecture": type(unwrap(model)).__name__,
+            "fingerprint": fingerprint(model),
+            "dtype": "+".join(sorted(dtypes)),
+            "threshold": self._threshold,
+            "exact": self._exact,
+            "edited": "steering" in self._placement.roles,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "lapefast": lapefast.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _indices(self, label: str | None, mask: Tensor | None, groups: Tensor | None) -> Tensor:
+        """The group of each row, int32, one each or one for all."""
+        if groups is None:
+            if label not in self.labels:
+                raise InputError(
+                    f"label {label!r} is none of this recorder's: {', '.join(self.labels)}"
+                )
+            index = torch.tensor([self.labels.index(label)], dtype=torch.int32)
+            if mask is None:
+                return index
+            if mask.dim() != 2:
+                raise InputError(
+                    f"mask must be [batch, length] with 0 for padding, got shape "
+                    f"{list(mask.shape)}"
+                )
+            return torch.where(mask != 0, index.to(mask.device), -1).to(torch.int32).reshape(-1)
+        if groups.is_floating_point() or groups.dtype is torch.bool:
+            raise InputError(f"groups must be integers like the input ids, got {groups.dtype}")
+        outside = (groups < -1) | (groups >= len(self.labels))
+        if bool(outside.any()):
+            raise InputError(
+                f"groups holds {int(groups[outside][0])}, but there are {len(self.labels)} "
+                "labels, numbered from 0 (-1 for none)"
+            )
+        if mask is not None:
+            if mask.shape != groups.shape:
+                raise InputError(
+                    f"mask and groups must have one shape, got {list(mask.shape)} and "
+                    f"{list(groups.shape)}"
+                )
+            groups = torch.where(mask != 0, groups, -1)
+        return groups.to(torch.int32).reshape(-1)
+
+
+class _StackRows:
+    """The rows of one stack's input: their groups, and how many tokens each group had."""
+
+    def __init__(self, labels: int, device: torch.device) -> None:
+        self.index = RowIndex()
+        # The first place is for -1, so that counting needs no selection.
+        self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
+
+    def set(self, index: Tensor) -> None:
+        held = self.index.tensor
+        if held is not None and held.shape == index.shape:
+            held.copy_(index)  # one address, for compiled graphs
+        else:
+            self.index.tensor = index.to(self.tokens.device)
+
+    def clear(self) -> None:
+        self.index.tensor = None
+        self.tokens.zero_()
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        index, rows = self.index.tensor, _input_rows(args, kwargs)
+        if index is None:
+            raise InputError(
+                "the recorder does not know these tokens: call recorder.set(...) before the model"
+            )
+        if index.numel() not in (1, rows):
+            raise InputError(
+                f"the model's input has {rows} tokens, but recorder.set was given "
+                f"{index.numel()}; call it before each forward pass"
+            )
+        one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
+        self.tokens.index_add_(0, (index.long() + 1).expand(rows), one)
+
+
+def _input_rows(args: tuple, kwargs: dict) -> int:
+    """Batch times length of what a stack is called with."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if ids is None and embeddings is None and args:
+        ids = args[0]
+    given = ids if ids is not None else embeddings
+    if not isinstance(given, Tensor) or given.dim() < 2:
+        raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
+    return given.shape[0] * given.shape[1]
+
+
+def _check_labels(labels: Sequence[str]) -> list[str]:
+    if isinstance(labels, str) or not labels or not all(isinstance(one, str) for one in labels):
+        raise InputError(f"labels must be a list of names, got {labels!r}")
+    if len(set(labels)) != len(labels):
+        raise InputError(f"labels must differ, got {', '.join(labels)}")
+    return list(labels)
+
+
+def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    unknown = [name for name in names if name not in STATISTICS]
+    if unknown or not names:
+        raise InputError(
+            f"statistics must be some of {', '.join(STATISTICS)}, got {unknown or 'none'}"
+        )
+    return tuple(name for name in STATISTICS if name in names)
+
+
+def _check_threshold(threshold: float) -> float:
+    if threshold != threshold:
+        raise InputError("threshold must be a number, got nan")
+    return float(threshold)
