@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model, evaluating, is_encoder_decoder, text_config
+from lapefast.models.bare import bare_model, evaluating
+from lapefast.models.inputs import forward_inputs, input_device, vocabulary_size
 from lapefast.models.placed import STATE, SiteState, activation_forward, gated_forward
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
@@ -87,12 +88,13 @@ class Placement:
         """
         for state in self.states.values():
             state.fired = 0
-        rows, length = 2, 8
+        ids = torch.arange(2 * 8, device=input_device(self.bare)).reshape(2, 8) * 7919 + 1
+        ids %= vocabulary_size(self.bare) or 16
         for state in self.states.values():
-            state.rows = rows * length
+            state.rows = ids.numel()
         try:
             with evaluating(self.bare), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                self.bare(**_probe_inputs(self.bare, rows, length))
+                self.bare(**forward_inputs(self.bare, ids))
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001  a model that takes other inputs proves itself later
@@ -210,15 +212,3 @@ def _own_forward(module: nn.Module) -> bool:
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = module.__dict__.get(name)
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def _probe_inputs(bare: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
-    embedding = bare.get_input_embeddings() if hasattr(bare, "get_input_embeddings") else None
-    device = next(bare.parameters()).device if embedding is None else embedding.weight.device
-    vocabulary = getattr(text_config(bare), "vocab_size", 16)
-    ids = (torch.arange(rows * length, device=device) * 7919 + 1) % vocabulary
-    ids = ids.reshape(rows, length)
-    inputs = {"input_ids": ids, "use_cache": False}
-    if is_encoder_decoder(bare):
-        inputs["decoder_input_ids"] = ids
-    return inputs

@@ -1,1 +1,1 @@
-"""The pass over a corpus, and the profile that it gives."""
+"""The pass over a corpus, and the profile it makes."""
