@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["why_not"]
+import torch
+from torch import Tensor
+
+from lapefast.ops.checks import collapsible
+
+__all__ = ["edit", "observe", "profile", "profile_", "why_not"]
 
 try:
     from lapefast import _native
 except ImportError as error:
     _native = None
     _missing = str(error)
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATIONS = {
+    "identity": 0,
+    "silu": 1,
+    "relu": 2,
+    "relu_squared": 3,
+    "gelu": 4,
+    "gelu_tanh": 5,
+    "gelu_new": 6,
+    "quick_gelu": 7,
+}
+# Elements below which a second thread costs more than it saves (two cores, bfloat16 SiLU).
+_ONE_THREAD_BELOW = 1 << 14
 
 
 def why_not(device_type: str) -> str | None:
@@ -21,3 +40,123 @@ def why_not(device_type: str) -> str | None:
             "at hand and without LAPEFAST_BUILD_NATIVE=0."
         )
     return None
+
+
+def profile(
+    rows: int,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+) -> Tensor:
+    """See `declarations.compute_profile`."""
+    product = torch.empty(gate.shape, dtype=gate.dtype)
+    _run(
+        rows, gate, up, product, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+    )  # fmt: skip
+    return product
+
+
+def profile_(
+    rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics
+) -> None:  # noqa: ANN002
+    """See `declarations.compute_profile_`."""
+    _run(rows, gate, up, gate, activation, *statistics)
+
+
+def observe(rows: int, gate: Tensor, activation: str, *statistics) -> None:  # noqa: ANN002
+    """See `declarations.compute_observe`."""
+    _run(rows, gate, None, None, activation, *statistics)
+
+
+def edit(
+    rows: int,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    sets: Tensor | None,
+    offsets: Tensor,
+    neurons: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    flags: Tensor,
+) -> Tensor:
+    """See `declarations.compute_edit`."""
+    product = torch.empty(gate.shape, dtype=gate.dtype)
+    width = gate.shape[-1]
+    gate, gate_stride = _rows(gate)
+    up_address, up_stride = 0, 0
+    if up is not None:
+        up, up_stride = _rows(up)
+        up_address = up.data_ptr()
+    sets_address, sets_size = (0, 0) if sets is None else (sets.data_ptr(), sets.numel())
+    _native.edit(
+        _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
+        gate.data_ptr(), gate_stride, up_address, up_stride, product.data_ptr(), width,
+        sets_address, sets_size, offsets.shape[0] - 1, offsets.data_ptr(),
+        neurons.shape[0], neurons.data_ptr(), scale.data_ptr(), shift.data_ptr(),
+        1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
+    )  # fmt: skip
+    return product
+
+
+def _run(
+    rows: int,
+    gate: Tensor,
+    up: Tensor | None,
+    product: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+) -> None:
+    width = gate.shape[-1]
+    in_place = product is gate
+    gate, gate_stride = _rows(gate)
+    gate_address = gate.data_ptr()
+    up_address = up_stride = groups_address = groups_size = 0
+    if up is not None:
+        up, up_stride = _rows(up)
+        up_address = up.data_ptr()
+    if groups is not None:
+        groups_address, groups_size = groups.data_ptr(), groups.numel()
+    group_count = 0
+    addresses = []
+    for statistic in (counts, sums, square_sums, up_abs_sums):
+        if statistic is None:
+            addresses.append(0)
+        else:
+            group_count = statistic.shape[0]
+            addresses.append(statistic.data_ptr())
+    if in_place:
+        product_address, product_stride = gate_address, gate_stride
+    else:
+        product_address, product_stride = (0, 0) if product is None else (product.data_ptr(), width)
+    _native.profile(
+        _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
+        gate_address, gate_stride, up_address, up_stride, product_address, product_stride,
+        threshold, groups_address, groups_size, group_count, *addresses, flags.data_ptr(),
+        1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor, or a copy of it where its rows have no single stride, and that row stride."""
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    stride = collapsible(tensor)
+    if stride is None:
+        tensor = tensor.contiguous()
+        stride = tensor.shape[-1]
+    return tensor, stride

@@ -1,0 +1,25 @@
+// Kernels for AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include "lapefast/kernels.h"
+
+namespace lapefast::avx2 {
+namespace {
+constexpr int lanes = 8;
+#include "vector.inc"
+
+F exp_half(F x) { return exp_exact(x); }
+
+F widen_half(HalfBits bits) { return (F)_mm256_cvtph_ps((__m128i)bits); }
+HalfBits narrow_half(F values) {
+  return (HalfBits)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+}
+
+bool any(I mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
+
+#include "kernels.inc"
+}  // namespace
+
+extern const Kernels kernels = {"avx2", profile, edit};
+
+}  // namespace lapefast::avx2

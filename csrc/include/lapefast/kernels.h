@@ -1,0 +1,90 @@
+// What the kernels are asked to do: addresses, sizes and strides, no framework.
+//
+// This header is included by translation units compiled for different instruction sets, so it
+// holds plain data only: an inline function here could be compiled for AVX-512 and then be picked
+// by the linker for every caller.
+#pragma once
+
+#include <cstdint>
+
+namespace lapefast {
+
+enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+enum class Activation : int {
+  identity = 0,
+  silu = 1,
+  relu = 2,
+  relu_squared = 3,
+  gelu = 4,
+  gelu_tanh = 5,
+  gelu_new = 6,
+  quick_gelu = 7,
+};
+constexpr int activation_count = 8;
+
+// Elements [rows, width]; neighbours in a row are adjacent, rows are `stride` elements apart.
+struct Rows {
+  void* data;
+  std::int64_t stride;
+};
+
+// One index per row, or one for every row; null means 0 for every row.
+struct RowIndex {
+  const std::int32_t* data;
+  std::int64_t size;
+};
+
+// Each is null or contiguous [groups, width].
+struct Statistics {
+  std::int64_t groups;
+  std::int64_t* counts;
+  double* sums;
+  double* square_sums;
+  double* up_abs_sums;
+};
+
+struct ProfileCall {
+  DType dtype;
+  Activation activation;
+  std::int64_t rows;
+  std::int64_t width;
+  Rows gate;
+  Rows up;       // data null: there is none
+  Rows product;  // data null: only the statistics are wanted
+  float threshold;
+  RowIndex groups;
+  Statistics statistics;
+  std::int64_t* flags;
+};
+
+struct EditCall {
+  DType dtype;
+  Activation activation;
+  std::int64_t rows;
+  std::int64_t width;
+  Rows gate;
+  Rows up;
+  Rows product;
+  RowIndex sets;
+  std::int64_t set_count;
+  const std::int32_t* offsets;  // [set_count + 1]
+  std::int64_t capacity;
+  const std::int32_t* neurons;  // [capacity], ascending within a set
+  const float* scale;           // [capacity]
+  const float* shift;           // [capacity]
+};
+
+// The kernels of one instruction set. `begin` and `end` bound the columns that the caller's thread
+// works on; different columns may be worked on at the same time.
+struct Kernels {
+  const char* name;
+  void (*profile)(const ProfileCall& call, std::int64_t begin, std::int64_t end);
+  void (*edit)(const EditCall& call, std::int64_t begin, std::int64_t end);
+};
+
+// Guards the additions to statistics, which several calls may share; `key` is any address of theirs.
+void lock_statistics(const void* key);
+void unlock_statistics(const void* key);
+
+}  // namespace lapefast
