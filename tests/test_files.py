@@ -36,9 +36,13 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
 def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "result"
     target.write_text("old")
-    with pytest.raises(KeyError), write_atomically(target) as temporary:
-        temporary.write_text("half")
-        raise KeyError
+    def write_half():
+        with write_atomically(target) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["result"]
 

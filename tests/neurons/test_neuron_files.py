@@ -114,7 +114,9 @@ def test_a_json_file_without_an_entry_is_refused(tmp_path, neurons, key):
         NeuronSets.load(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("data", [b"{" * 100_000, b'{"a": \xff}', b"{]"], ids=["deep", "bytes", "brackets"])
+@pytest.mark.parametrize(
+    "data", [b'{"a":' * 100_000, b'{"a": \xff}', b"{]"], ids=["deep", "bytes", "brackets"]
+)
 def test_text_that_is_not_json_is_refused(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(InputError, match="not valid JSON"):
