@@ -140,9 +140,9 @@ def _lowest(probabilities: torch.Tensor, qualifies: torch.Tensor, asked: int) ->
 def _entropy(probabilities: np.ndarray) -> np.ndarray:
     """Entropy over labels, natural logarithm, of columns that are not all 0.
 
-    Label by label and in NumPy, so that equal columns give equal bits wherever they stand: a
-    reduction along the columns, or torch's vectorised logarithm, may treat the last few
-    elements otherwise than the rest, and then ties would not be ties.
+    Added label by label, in their order: a library's sum along the labels may take them in an
+    order that depends on the machine's vectors, and with it the last bit of the entropy, and with
+    that what is a tie.
     """
     total = np.zeros_like(probabilities[0])
     for row in probabilities:

@@ -23,7 +23,7 @@ STATISTICS = {
 }
 """Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|."""
 
-_SHARED = ("model", "fingerprint", "dtype", "threshold")
+_SHARED = ("model", "fingerprint", "dtype", "threshold", "edited")
 """Metadata that profiles have in common when they are added; `model` is only a name."""
 
 
@@ -35,11 +35,12 @@ class Profile:
         sites: the model's sites, in model order.
         tokens: stack -> int64 [labels], tokens that entered each stack.
         statistics: name (see `STATISTICS`) -> site name -> [labels, width]. Kept, not copied.
-        metadata: what can be written as JSON. `fingerprint`, `dtype` and `threshold` must agree
-            (where known) when profiles are added; `model` names the model; `corpora` lists, for
-            each label, dicts with `label`, `source` and `rows` [start, stop] of `seq_len` tokens,
-            by which text that is counted twice is found (a source None is like no other);
-            anything else, such as tokenizer, batch size, threads and versions, describes the run.
+        metadata: what can be written as JSON. `fingerprint`, `dtype`, `threshold` and `edited`
+            must agree (where known) when profiles are added; `model` names the model; `corpora`
+            lists dicts with `label`, `source`, `identity`, and `rows` [start, stop] of `seq_len`
+            tokens, by which text that is counted twice for a label is found (no identity: by its
+            source; a source None is like no other); anything else, such as tokenizer, batch size,
+            threads and versions, describes the run.
 
     Raises:
         InputError: shapes, dtypes or names are not as said, a count is negative or above the
@@ -348,7 +349,9 @@ def _corpora(profile: Profile) -> list[dict[str, Any]]:
 
 def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two corpus entries hold some text in common under one label."""
-    if a.get("source") is None or a["source"] != b.get("source") or a["label"] != b["label"]:
+    # The text itself is known by its identity; names alone may be the same by chance.
+    known = "identity" if a.get("identity") and b.get("identity") else "source"
+    if a.get(known) is None or a[known] != b.get(known) or a["label"] != b["label"]:
         return False
     if not (a["seq_len"] and b["seq_len"]):
         a, b = {**a, "seq_len": 1}, {**b, "seq_len": 1}

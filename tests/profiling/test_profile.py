@@ -10,7 +10,8 @@ from lapefast.models.sites import Site
 from lapefast.profiling.profile import Profile
 
 SITES = [Site("layers.0.mlp", 3, "SiLU"), Site("layers.1.mlp", 5, "SiLU")]
-SETTINGS = {"model": "some/model", "fingerprint": "f" * 64, "dtype": "bfloat16", "threshold": 0.0}
+SETTINGS = {"model": "some/model", "fingerprint": "f" * 64, "dtype": "bfloat16"}
+SETTINGS |= {"threshold": 0.0, "edited": False}
 
 
 def make(tokens, seed=0, sites=SITES, statistics=("counts", "sums"), **metadata):
@@ -193,7 +194,7 @@ def test_adding_keeps_the_corpora_and_each_runs_settings():
 
 
 def test_what_is_unknown_on_one_side_agrees_with_anything():
-    total = make({"en": 1}, fingerprint=None, dtype=None) + make({"en": 1})
+    total = make({"en": 1}, fingerprint=None, dtype=None, edited=None) + make({"en": 1})
     assert total.fingerprint == "f" * 64
     assert total.metadata["dtype"] == "bfloat16"
 
@@ -203,6 +204,7 @@ def test_what_is_unknown_on_one_side_agrees_with_anything():
     [
         ({"fingerprint": "0" * 64}, "profiles with fingerprint"),
         ({"dtype": "float32"}, "profiles with dtype bfloat16 and float32"),
+        ({"edited": True}, "profiles with edited False and True"),
         ({"threshold": 0.1}, "profiles with threshold 0.0 and 0.1"),
         ({"statistics": ("counts",)}, "profiles of counts, sums and of counts"),
         ({"sites": SITES[:1]}, "one has 2 sites and the other 1"),
@@ -237,6 +239,21 @@ def test_text_that_would_be_counted_twice_is_refused(other, shared):
             a + b
     else:
         assert len((a + b).metadata["corpora"]) == 2
+
+
+@pytest.mark.parametrize(("identity", "source", "shared"), [
+    ("1", "other.txt", True),
+    ("2", "wiki.txt", False),
+    (None, "wiki.txt", True),
+])
+def test_text_is_known_by_its_identity_before_its_name(identity, source, shared):
+    a = make({"en": 10}, corpora=[corpus("en", 0, 10, identity="1")])
+    b = make({"en": 10}, corpora=[corpus("en", 0, 10, source, identity=identity)])
+    if shared:
+        with pytest.raises(InputError, match="counted twice"):
+            a + b
+    else:
+        assert (a + b).tokens.tolist() == [20]
 
 
 def test_text_of_unknown_source_is_never_taken_for_the_same():
