@@ -1,0 +1,61 @@
+# One environment, .venv, serves every target. torch comes first and from one place, so that nothing
+# else chooses a build of it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+# A changed torch requirement makes another stamp, and so another installation.
+TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
+
+.PHONY: demo test test-all test-long test-cpp test-sanitizers test-wheel test-transformers4 \
+	bench lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/lapefast demo --output demo-output
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: test lint test-long test-cpp test-sanitizers test-wheel test-transformers4
+
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -m long
+
+test-cpp: $(VENV)/.ready
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh release
+
+# The C++ tests under the address, undefined-behaviour and thread sanitizers.
+test-sanitizers: $(VENV)/.ready
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh address,undefined thread
+
+# A wheel from a clean copy, built in isolation, tested in an environment and directory of its own;
+# then the same without the native library.
+test-wheel: $(VENV)/.ready
+	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/wheel.sh
+
+test-transformers4: $(VENV)/.ready
+	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist demo-output .venvs *.egg-info
+
+$(TORCH_STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(PIP) $(TORCH)
+	touch $@
+
+# The native library is built here, in isolation and without torch.
+$(VENV)/.ready: $(TORCH_STAMP) $(SOURCES)
+	$(PIP) --editable '.[test]'
+	touch $@

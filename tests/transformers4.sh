@@ -1,0 +1,11 @@
+#!/bin/sh
+# The tests that touch models, under the oldest supported transformers, in an environment of its own.
+set -eu
+venv=.venvs/transformers4
+[ -x $venv/bin/python ] || "$PYTHON" -m venv $venv
+$venv/bin/python -m pip install --quiet "$TORCH"
+# The native library that .venv built stands in the tree and serves here too.
+LAPEFAST_BUILD_NATIVE=0 $venv/bin/python -m pip install --quiet "transformers==4.57.*" \
+    --editable '.[test]'
+$venv/bin/python -m pytest -m "not long" tests/models tests/test_recording.py tests/steering \
+    tests/profiling/test_run.py

@@ -1,0 +1,26 @@
+#!/bin/sh
+# A wheel built in isolation from a clean copy of the sources must work from any directory; so must
+# the pure-Python package.
+set -eu
+root=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/source"
+git ls-files -z --cached --others --exclude-standard | xargs -0 tar -cf - | tar -xf - -C "$work/source"
+
+check() { # environment, wheel, what to run
+    "$PYTHON" -m venv "$1"
+    "$1/bin/python" -m pip install --quiet "$TORCH"
+    "$1/bin/python" -m pip install --quiet "$2[test]"
+    (cd "$work" && "$1/bin/lapefast" doctor && "$1/bin/python" -m pytest -q -p no:cacheprovider \
+        --rootdir "$root" -c "$root/pyproject.toml" -m "not long" $3)
+}
+
+echo "wheel with the native library"
+"$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/native" "$work/source"
+check "$work/venv-native" "$(ls "$work"/native/lapefast-*.whl)" \
+    "$root/tests/ops $root/tests/test_build.py $root/tests/test_recording.py"
+
+echo "wheel without it"
+LAPEFAST_BUILD_NATIVE=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/pure" "$work/source"
+check "$work/venv-pure" "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/test_recording.py"
