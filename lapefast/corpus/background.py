@@ -89,7 +89,7 @@ def _produce(items: Generator[T, None, None], channel: _Channel[T]) -> None:
     try:
         while channel.put(next(items)):
             pass
-    except BaseException as raised:  # noqa: BLE001 - it must be heard in the consumer's thread
+    except BaseException as raised:  # it must be heard where the items are taken
         error = raised
     finally:
         try:

@@ -46,7 +46,8 @@ def is_saved(path: str) -> bool:
 
 def load_saved(path: str, split: str | None) -> Any:
     """The data set that `save_to_disk` wrote at `path`, memory-mapped."""
-    datasets = _datasets()
+    import datasets
+
     try:
         data_set = datasets.load_from_disk(path)
     except Exception as error:  # whatever it is, the directory can't be read
@@ -65,7 +66,8 @@ def load(name: str, config: str, split: str | None) -> Any:
         return load_saved(path, split or ("train" if _has_splits(path) else None))
     if not os.path.exists(path) and not _HUB_NAME.fullmatch(name):
         raise InputError(f"{name} does not exist, and is no name of a data set")
-    datasets = _datasets()
+    import datasets
+
     try:
         return datasets.load_dataset(
             path if os.path.exists(path) else name,
@@ -121,14 +123,6 @@ def _one_split(data_set: Any, name: str, split: str | None) -> Any:
             f"by name:config:split or dataset[split]"
         )
     return data_set[split]
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("data sets need the datasets library: pip install datasets") from error
-    return datasets
 
 
 def _first(error: Exception) -> str:

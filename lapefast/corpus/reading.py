@@ -112,19 +112,12 @@ def _decompressed(path: str, raw: io.BufferedReader) -> tuple[BinaryIO, str]:
     if method == "xz":
         return lzma.LZMAFile(raw), name
     if method == "zstd":
-        pyarrow = _pyarrow(path)
+        import pyarrow
+
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")), name
     if magic.startswith(b"PAR1") and not name.endswith(_PARQUET_SUFFIXES):
         name += ".parquet"
     return raw, name
-
-
-def _pyarrow(path: str) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
-    return pyarrow
 
 
 def _lines(path: str, stream: BinaryIO) -> Iterator[_Line]:
@@ -232,7 +225,8 @@ def _kind(value: Any) -> str:
 
 
 def _parquet_pieces(path: str, stream: BinaryIO, field: str, prefer_ids: bool) -> Iterator[Piece]:
-    pyarrow = _pyarrow(path)
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.ParquetFile(stream)
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -221,7 +221,7 @@ def _expand(given: list[str]) -> list[str]:
         if not found:
             reason = "matches no file" if glob.has_magic(path) else "does not exist"
             hint = "; texts are given as a list, a data set as name:config:split"
-            raise InputError(f"{path:.200} {reason}{hint}")
+            raise InputError(f"{path.splitlines()[0]:.200} {reason}{hint}")
         files = [
             file for name in found for file in (_walk(name) if os.path.isdir(name) else [name])
         ]

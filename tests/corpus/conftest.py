@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,13 +14,18 @@ WORDS = (
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Documents of 1 to 40 words, many scripts, some with a separator inside that isn't a line's."""
+    """Documents of 1 to 40 words, in many scripts, some with separators that end no line."""
     draw = random.Random(seed)
     documents = []
     for index in range(count):
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 40)))
         documents.append(text + "\u2028next\x85and\x0cmore" if index % 7 == 3 else text)
     return documents
+
+
+@pytest.fixture(scope="session", name="make_documents")
+def make_documents_fixture() -> Callable[..., list[str]]:
+    return make_documents
 
 
 @pytest.fixture(scope="session")

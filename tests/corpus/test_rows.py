@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,12 +180,23 @@ def test_every_source_gives_the_rows_of_a_naive_packing(
     assert report.documents == len(documents)
     assert report.tokens == expected.numel()
     assert report.dropped == stream_length(tokenizer, documents) - expected.numel()
-    assert report.rows == (0, len(expected)) and not report.capped
+    assert report.rows == (0, len(expected))
+    assert not report.capped
     plain = Corpus("de", documents, tokenizer)
     taken(plain, 2 * SEQ_LEN, 200)
     assert report.identity == plain.report.identity
     assert str(tmp_path) not in json.dumps(report.to_json())
     assert CorpusReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_pipe_is_read_once(tokenizer: Any, documents: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=write, args=(tmp_path / "pipe", lines(documents)))
+    writer.start()
+    corpus = Corpus("en", tmp_path / "pipe", tokenizer)
+    corpus.check(SEQ_LEN)
+    assert torch.equal(taken(corpus, SEQ_LEN), naive(tokenizer, documents, SEQ_LEN))
+    writer.join()
 
 
 def test_special_tokens_can_be_left_out(tokenizer: Any, documents: list[str]) -> None:
@@ -223,14 +236,16 @@ def test_max_tokens_is_rounded_down_to_whole_rows(
     corpus = Corpus("en", documents, tokenizer)
     assert torch.equal(taken(corpus, SEQ_LEN, max_tokens), expected)
     report = corpus.report
-    assert report.tokens == expected.numel() and report.capped == (max_tokens < 10**9)
+    assert report.tokens == expected.numel()
+    assert report.capped == (max_tokens < 10**9)
     if report.capped:
         needed = next(
             n
             for n in range(1, len(documents))
             if stream_length(tokenizer, documents[:n]) >= report.tokens
         )
-        assert report.documents == needed and report.dropped == 0
+        assert report.documents == needed
+        assert report.dropped == 0
 
 
 def test_rows_before_the_start_are_counted_and_not_handed_out(
@@ -252,7 +267,8 @@ def test_the_report_accounts_for_what_was_taken_so_far(
     rows = corpus.rows(SEQ_LEN)
     count = len(next(rows)) + len(next(rows))
     rows.close()
-    assert corpus.report.rows == (0, count) and corpus.report.tokens == count * SEQ_LEN
+    assert corpus.report.rows == (0, count)
+    assert corpus.report.tokens == count * SEQ_LEN
     lengths = np.cumsum([len(tokenizer(t)["input_ids"]) for t in documents * 30])
     assert corpus.report.documents == np.searchsorted(lengths, count * SEQ_LEN) + 1
 
@@ -300,7 +316,8 @@ def test_token_ids_in_rows_keep_their_rows() -> None:
     ids = torch.randint(0, 500, (41, 24))
     corpus = Corpus("en", ids)
     assert corpus.row_length == 24
-    assert torch.equal(taken(corpus), ids) and torch.equal(taken(corpus, 24, 250), ids[:10])
+    assert torch.equal(taken(corpus), ids)
+    assert torch.equal(taken(corpus, 24, 250), ids[:10])
     features = datasets.Features(
         {"input_ids": datasets.Sequence(datasets.Value("int32"), length=24)}
     )
