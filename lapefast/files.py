@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def read_torch(path: str | os.PathLike[str], what: str) -> Any:
         if _is_plain(content):
             return content
         cause = None
-    except Exception as error:  # noqa: BLE001 - torch, pickle and zip each raise their own
+    except Exception as error:  # torch, pickle and zip each have errors of their own
         cause = error
     raise InputError(
         f"the {what} {path} must be torch-saved and hold tensors, lists, dicts and numbers alone, "
@@ -88,13 +88,19 @@ def read_torch(path: str | os.PathLike[str], what: str) -> Any:
     ) from cause
 
 
-def write_torch(path: str | os.PathLike[str], content: Any) -> None:
-    """Save `content` as `torch.save` does, atomically."""
-    # Through memory: torch reports a full disk by a RuntimeError that does not say so.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+def write_torch(contents: Mapping[str | os.PathLike[str], Any]) -> None:
+    """Save each path's content as `torch.save` does, atomically; if one cannot be, none is.
+
+    Raises:
+        InputError: see `write_atomically`.
+    """
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            temporary = stack.enter_context(write_atomically(path))
+            # Through memory: torch reports a full disk by a RuntimeError that does not say so.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def _is_plain(content: Any) -> bool:

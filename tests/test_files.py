@@ -36,6 +36,7 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
 def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "result"
     target.write_text("old")
+
     def write_half():
         with write_atomically(target) as temporary:
             temporary.write_text("half")
@@ -70,11 +71,10 @@ def test_a_disk_that_fills_while_flushing_is_named_and_leaves_the_old_file(tmp_p
     assert os.listdir(tmp_path) == ["result"]
 
 
-def test_a_torch_file_on_a_full_disk_is_named_and_leaves_nothing(
-    tmp_path, no_file_over_4_kilobytes
-):
-    with pytest.raises(InputError, match="cannot write"):
-        write_torch(tmp_path / "result.pth", torch.zeros(5000))
+def test_torch_files_are_written_all_or_none_on_a_full_disk(tmp_path, no_file_over_4_kilobytes):
+    small, large = tmp_path / "small", tmp_path / "large"
+    with pytest.raises(InputError, match=r"cannot write .*large"):
+        write_torch({small: torch.zeros(2), large: torch.zeros(5000)})
     assert os.listdir(tmp_path) == []
 
 

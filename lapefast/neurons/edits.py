@@ -60,8 +60,9 @@ class Edit:
             InputError: see `NeuronSet.bind`.
         """
         layout = self.layout.bind(model, check_fingerprint)
-        names = dict(zip(self.layout.sites, layout.sites)) if self.layout.positional else {}
-        tables = {names.get(site, site): table for site, table in self.tables.items()}
+        tables = self.tables
+        if self.layout.positional:
+            tables = {layout.sites[position]: table for position, table in tables.items()}
         for site, (neurons, _, _) in tables.items():
             sorted_indices(neurons, site, layout.widths[site])
         return Edit(tables, layout)
@@ -195,8 +196,9 @@ def _at(
     result = (given * strength).to(torch.float32)
     if not torch.isfinite(result).all():
         at = int(neurons[~torch.isfinite(result)][0])
-        raise InputError(f"values must be finite in float32, but that of neuron {at} of {site} "
-                         "is not")
+        raise InputError(
+            f"values must be finite in float32, but that of neuron {at} of {site} is not"
+        )
     return result
 
 

@@ -46,15 +46,9 @@ def write_json(
     metadata: Mapping[str, Any],
 ) -> None:
     """Write JSON with one line per site and label, in an order that does not change."""
-    sites = [
-        _text({"name": site, "width": layout.widths.get(site)}) for site in layout.sites
-    ]
+    sites = [_text({"name": site, "width": layout.widths.get(site)}) for site in layout.sites]
     sets = [
-        f"{_text(label)}: " + _block("{}", [
-            f"{_text(str(site))}: {_text(indices.tolist())}"
-            for site, indices in zip(layout.sites, layers, strict=True)
-        ], depth=2)
-        for label, layers in neurons.items()
+        f"{_text(label)}: {_by_site(layout.sites, layers)}" for label, layers in neurons.items()
     ]
     entries = {
         "format": _text(_FORMAT),
@@ -104,12 +98,10 @@ def write_published(
     path: str | os.PathLike[str], neurons: Sequence[Sequence[torch.Tensor]]
 ) -> None:
     """Write the published format: a list over labels of lists over layers of int64 tensors."""
-    write_torch(path, [list(layers) for layers in neurons])
+    write_torch({path: [list(layers) for layers in neurons]})
 
 
-def read_published(
-    path: str | os.PathLike[str], labels: Sequence[str] | None = None
-) -> Contents:
+def read_published(path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> Contents:
     """Read the published format; sites are known by position only.
 
     Raises:
@@ -171,6 +163,14 @@ def _contents(content: dict[str, Any]) -> Contents:
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise ValueError(otherwise)
+
+
+def _by_site(sites: Sequence[Key], layers: Sequence[torch.Tensor]) -> str:
+    lines = [
+        f"{_text(str(site))}: {_text(indices.tolist())}"
+        for site, indices in zip(sites, layers, strict=True)
+    ]
+    return _block("{}", lines, depth=2)
 
 
 def _text(value: Any) -> str:

@@ -171,9 +171,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
             files.write_json(path, neurons, self.layout, self.metadata)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], labels: Sequence[str] | None = None
-    ) -> NeuronSets:
+    def load(cls, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> NeuronSets:
         """Read a JSON file or a published `.pth` file; the content decides which it is.
 
         Args:

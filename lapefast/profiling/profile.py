@@ -272,9 +272,7 @@ class Profile:
             if (tokens < 0).any():
                 raise InputError(f"tokens of stack {stack} must not be negative")
 
-    def _checked(
-        self, name: str, site: str, values: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _checked(self, name: str, site: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if name not in STATISTICS:
             raise InputError(
                 f"a profile holds {', '.join(STATISTICS)}, but {name!r} was given; leave it out"

@@ -62,7 +62,7 @@ def read(
 
 
 def write(path: str | os.PathLike[str], profile: Profile) -> dict[str, str]:
-    """Write one count file per label; see `Profile.save_published`."""
+    """Write one count file per label, all or none; see `Profile.save_published`."""
     counts = profile.published_counts()
     tokens = profile.site_tokens(profile.sites[0])
     if any(not torch.equal(profile.site_tokens(site), tokens) for site in profile.sites):
@@ -81,9 +81,11 @@ def write(path: str | os.PathLike[str], profile: Profile) -> dict[str, str]:
         model = Path(str(profile.metadata.get("model") or "model")).name
         template = os.path.join(template, f"activation.{{label}}.train.{model}")
     paths = {label: template.replace("{label}", label) for label in profile.labels}
-    for row, (label, file) in enumerate(paths.items()):
-        over_zero = counts[:, :, row].to(torch.int32).contiguous()
-        write_torch(file, {"n": int(tokens[row]), "over_zero": over_zero})
+    contents = [
+        {"n": n, "over_zero": over_zero.to(torch.int32).contiguous()}
+        for n, over_zero in zip(tokens.tolist(), counts.unbind(dim=-1), strict=True)
+    ]
+    write_torch(dict(zip(paths.values(), contents, strict=True)))
     return paths
 
 

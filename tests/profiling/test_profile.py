@@ -157,8 +157,9 @@ def test_adding_adds_a_label_in_both_and_takes_the_others_over_in_order():
     assert total.labels == ["en", "zh", "fr"]
     assert total.tokens.tolist() == [17, 20, 5]
     for site in total.sites:
-        expected = torch.stack([a.counts[site][0] + b.counts[site][1], a.counts[site][1],
-                                b.counts[site][0]])
+        expected = torch.stack(
+            [a.counts[site][0] + b.counts[site][1], a.counts[site][1], b.counts[site][0]]
+        )
         assert torch.equal(total.counts[site], expected)
         assert torch.equal(total.sums[site][0], a.sums[site][0] + b.sums[site][1])
 
@@ -241,11 +242,14 @@ def test_text_that_would_be_counted_twice_is_refused(other, shared):
         assert len((a + b).metadata["corpora"]) == 2
 
 
-@pytest.mark.parametrize(("identity", "source", "shared"), [
-    ("1", "other.txt", True),
-    ("2", "wiki.txt", False),
-    (None, "wiki.txt", True),
-])
+@pytest.mark.parametrize(
+    ("identity", "source", "shared"),
+    [
+        ("1", "other.txt", True),
+        ("2", "wiki.txt", False),
+        (None, "wiki.txt", True),
+    ],
+)
 def test_text_is_known_by_its_identity_before_its_name(identity, source, shared):
     a = make({"en": 10}, corpora=[corpus("en", 0, 10, identity="1")])
     b = make({"en": 10}, corpora=[corpus("en", 0, 10, source, identity=identity)])
