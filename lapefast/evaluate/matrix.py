@@ -1,0 +1,260 @@
+"""The perplexity matrix: what a language's neurons do to the text of every language.
+
+Tang et al., ACL 2024, arXiv 2402.16438, section 4.2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lapefast import __version__
+from lapefast.corpus import open_corpora
+from lapefast.errors import InputError
+from lapefast.evaluate.likelihood import TokenLikelihood
+from lapefast.files import existing_file, write_atomically
+from lapefast.models.bare import evaluating
+from lapefast.models.inputs import row_length, vocabulary_size
+from lapefast.neurons import NeuronSet, NeuronSets, deactivate
+from lapefast.profiling.run import fitting_batch_size
+from lapefast.steering import steer
+
+__all__ = ["PerplexityMatrix", "perplexity_matrix"]
+
+_FORMAT = "lapefast perplexity matrix"
+_VERSION = 1
+_UNEDITED = "none"
+
+
+@dataclass
+class PerplexityMatrix:
+    """Mean negative log-likelihoods per token, in nats.
+
+    Attributes:
+        rows: "none" (the unedited model), then the labels whose neurons were deactivated.
+        columns: the labels of the texts.
+        nll: float64 [rows, columns].
+        random_nll: float64 [rows, columns], the mean over random sets of equal size per layer.
+        random_range: float64 [rows, columns, 2], the least and the largest of them.
+        tokens: predicted tokens per column.
+        metadata: JSON-able settings: seq_len, batch_size, random_sets, seed and so on.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    nll: Tensor
+    random_nll: Tensor
+    random_range: Tensor
+    tokens: list[int]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> Tensor:
+        """float64 [rows, columns]."""
+        return self.nll.exp()
+
+    def changes(self) -> Tensor:
+        """Perplexity less that of the unedited model, float64 [rows - 1, columns]."""
+        return self.perplexity[1:] - self.perplexity[0]
+
+    def random_changes(self) -> Tensor:
+        """The same for the random sets: least and largest, float64 [rows - 1, columns, 2]."""
+        return self.random_range[1:].exp() - self.perplexity[0, :, None]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the matrix as JSON. Raises InputError where the file cannot be written."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "rows": self.rows,
+            "columns": self.columns,
+            "nll": self.nll.tolist(),
+            "random_nll": self.random_nll.tolist(),
+            "random_range": self.random_range.tolist(),
+            "tokens": self.tokens,
+            "metadata": self.metadata,
+        }
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PerplexityMatrix:
+        """Read what `save` wrote. Raises InputError for anything else."""
+        file = existing_file(path, "matrix file")
+        try:
+            content = json.loads(file.read_text("utf-8"))
+            known = content["format"] == _FORMAT
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the matrix file {path} is not one of lapefast's, or is cut short or damaged"
+            ) from error
+        if not known or content.get("version") != _VERSION:
+            raise InputError(
+                f"the matrix file {path} must be a {_FORMAT} of version {_VERSION}, got "
+                f"{content['format']!r} of version {content.get('version')!r}"
+            )
+        try:
+            rows, columns = content["rows"], content["columns"]
+            values = {
+                name: torch.tensor(content[name], dtype=torch.float64)
+                for name in ("nll", "random_nll", "random_range")
+            }
+            shape = (len(rows), len(columns))
+            if any(tuple(value.shape[:2]) != shape for value in values.values()):
+                raise ValueError("shapes differ")
+            return cls(
+                rows, columns, **values, tokens=content["tokens"], metadata=content["metadata"]
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"the matrix file {path} is damaged: {error}") from error
+
+
+def perplexity_matrix(
+    model: nn.Module,
+    neurons: NeuronSets,
+    corpora: Mapping[str, Any],
+    tokenizer: Any = None,
+    *,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    max_tokens: int | None = 2**20,
+    random_sets: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+    **corpus_options: Any,
+) -> PerplexityMatrix:
+    """Deactivate each label's neurons in turn, and measure the likelihood of every label's text.
+
+    Args:
+        model: a causal language model with its head.
+        neurons: the neuron sets; published ones are bound to the model.
+        corpora: label -> text, as for `lapefast.profile`.
+        tokenizer: for texts.
+        seq_len: tokens per row, of which all but the first are predicted; None takes the model's
+            limit, at most 2048.
+        batch_size: rows per forward pass; None chooses one that fits the memory.
+        max_tokens: tokens read per label, whole rows; None reads all.
+        random_sets: how many random sets of equal size per layer each label is compared with.
+        seed: of the random sets.
+        progress: show a bar.
+        corpus_options: `document`, `field`, `special_tokens`.
+
+    Raises:
+        InputError: the model predicts no next token, the neurons do not fit it, or a corpus cannot
+            be read.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if random_sets < 1:
+        raise InputError(f"random_sets must be at least 1, got {random_sets}")
+    if _UNEDITED in neurons.labels:
+        raise InputError(f"a label named {_UNEDITED!r} stands for the unedited model; rename it")
+    neurons = neurons.bind(model)
+    likelihood = TokenLikelihood(model)
+    texts = _read(model, corpora, tokenizer, seq_len, max_tokens, corpus_options)
+    longest = max(rows.shape[1] for rows in texts.values())
+    batch_size = batch_size or fitting_batch_size(model, longest)
+    generator = torch.Generator().manual_seed(seed)
+    passes = [NeuronSet({}, None, neurons.layout)]
+    for neuron_set in neurons.values():
+        passes += [neuron_set, *(_random_like(neuron_set, generator) for _ in range(random_sets))]
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(passes) * sum(map(len, texts.values())),
+            desc="perplexity",
+            unit="row",
+            disable=not progress,
+            delay=1,
+        ) as bar,
+    ):
+        measured = torch.stack(
+            [_measure(model, likelihood, one, texts, batch_size, bar) for one in passes]
+        )
+    unedited, edited = measured[:1], measured[1:].view(len(neurons), 1 + random_sets, len(texts))
+    least, largest = edited[:, 1:].amin(1), edited[:, 1:].amax(1)
+    return PerplexityMatrix(
+        rows=[_UNEDITED, *neurons.labels],
+        columns=list(texts),
+        nll=torch.cat([unedited, edited[:, 0]]),
+        random_nll=torch.cat([unedited, edited[:, 1:].mean(1)]),
+        random_range=torch.stack(
+            [torch.cat([unedited, least]), torch.cat([unedited, largest])], dim=-1
+        ),
+        tokens=[rows[:, 1:].numel() for rows in texts.values()],
+        metadata={
+            "model": neurons.layout.model,
+            "fingerprint": neurons.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "seq_len": {label: rows.shape[1] for label, rows in texts.items()},
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "random_sets": random_sets,
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "neurons": {label: neurons[label].total for label in neurons},
+            "lapefast": __version__,
+            "torch": torch.__version__,
+        },
+    )
+
+
+def _measure(
+    model: nn.Module,
+    likelihood: TokenLikelihood,
+    neurons: NeuronSet,
+    texts: Mapping[str, Tensor],
+    batch_size: int,
+    bar: tqdm,
+) -> Tensor:
+    """Mean negative log-likelihood per text, float64 [texts], with the neurons deactivated."""
+    means = []
+    with steer(model, deactivate(neurons)) if neurons.total else nullcontext():
+        for rows in texts.values():
+            total = 0.0
+            for batch in rows.split(batch_size):
+                total += likelihood(batch)
+                bar.update(len(batch))
+            means.append(total / rows[:, 1:].numel())
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def _random_like(neurons: NeuronSet, generator: torch.Generator) -> NeuronSet:
+    """As many neurons in each site, drawn from all of the site's."""
+    drawn = {
+        site: torch.randperm(neurons.widths[site], generator=generator)[: len(indices)]
+        for site, indices in neurons.items()
+    }
+    return NeuronSet(drawn, None, neurons.layout)
+
+
+def _read(
+    model: nn.Module,
+    corpora: Mapping[str, Any],
+    tokenizer: Any,
+    seq_len: int | None,
+    max_tokens: int | None,
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    length = row_length(model, seq_len)
+    opened = open_corpora(
+        corpora, tokenizer, seq_len=seq_len, vocab_size=vocabulary_size(model), **options
+    )
+    texts = {}
+    for corpus in opened:
+        with corpus.rows(row_length(model, corpus.row_length or length), max_tokens) as rows:
+            texts[corpus.label] = torch.cat(list(rows))
+        if texts[corpus.label].shape[1] < 2:
+            raise InputError(
+                f"label {corpus.label!r}: rows must have at least 2 tokens, since the first of a "
+                "row has no prediction, got 1"
+            )
+    return texts

@@ -1,0 +1,138 @@
+"""Figures for a paper's column: PNG to look at, SVG to edit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lapefast.evaluate.matrix import PerplexityMatrix
+from lapefast.files import write_atomically
+from lapefast.neurons import NeuronSets
+from lapefast.report.fonts import drawable
+
+__all__ = ["draw_matrix", "draw_neurons"]
+
+_COLUMN = 3.35  # inches, a column of a two-column paper
+_ROW = 0.23
+_NUMBERED = 12  # columns that leave room for numbers in their cells
+_STYLE = {
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lapefast",
+    "text.parse_math": False,
+}
+
+
+def draw_matrix(matrix: PerplexityMatrix, path: str | os.PathLike[str]) -> list[Path]:
+    """Draws how the perplexity of each label's text changes without each label's neurons.
+
+    Args:
+        matrix: the measured matrix.
+        path: where to write; its suffix is replaced by .png and .svg.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    changes = matrix.changes().numpy()
+    bound = max(float(np.abs(changes).max()), 1e-12)
+    # Red over white to blue: readers of every colour vision tell more from less.
+    return _draw_cells(
+        changes,
+        [f"{value:+.2f}" if bound < 10 else f"{value:+.0f}" for value in changes.flat],
+        matrix.rows[1:],
+        matrix.columns,
+        path,
+        colours={"cmap": "RdBu_r", "vmin": -bound, "vmax": bound},
+        titles=("text", "without neurons of", "change of perplexity"),
+        marked={
+            (row, matrix.columns.index(label))
+            for row, label in enumerate(matrix.rows[1:])
+            if label in matrix.columns
+        },
+    )
+
+
+def draw_neurons(neurons: NeuronSets, path: str | os.PathLike[str]) -> list[Path]:
+    """Draws how many neurons each label has in each layer. Arguments as of `draw_matrix`."""
+    counts = np.array([[len(layer) for layer in neurons.layers(label)] for label in neurons])
+    return _draw_cells(
+        counts,
+        [str(count) for count in counts.flat],
+        neurons.labels,
+        [str(layer) for layer in range(counts.shape[1])],
+        path,
+        colours={"cmap": "Blues", "vmin": 0, "vmax": max(1, counts.max())},
+        titles=("layer", "label", "neurons"),
+    )
+
+
+def _draw_cells(
+    values: np.ndarray,
+    texts: Sequence[str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | os.PathLike[str],
+    colours: dict,
+    titles: tuple[str, str, str],
+    marked: set[tuple[int, int]] = frozenset(),
+) -> list[Path]:
+    families, (rows, columns) = drawable(rows, columns)
+    with matplotlib.rc_context({**_STYLE, "font.family": families}):
+        figure = Figure((_COLUMN, 0.55 + _ROW * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
+        if len(columns) <= _NUMBERED:
+            _write_numbers(axes, image, values, texts, marked)
+        step = 1 if len(columns) <= _NUMBERED else max(1, len(columns) // 8)
+        axes.set_xticks(range(0, len(columns), step), columns[::step])
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(titles[0])
+        axes.set_ylabel(titles[1])
+        bar = figure.colorbar(image, ax=axes, label=titles[2], fraction=0.05, pad=0.02)
+        bar.outline.set_visible(False)
+        return [_write(figure, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
+
+
+def _write_numbers(
+    axes: Axes,
+    image,
+    values: np.ndarray,
+    texts: Sequence[str],
+    marked: set[tuple[int, int]],
+) -> None:
+    for (place, value), text in zip(np.ndenumerate(values), texts, strict=True):
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        axes.text(
+            place[1],
+            place[0],
+            text,
+            ha="center",
+            va="center",
+            fontsize=6,
+            color="white" if dark else "black",
+            fontweight="bold" if place in marked else "normal",
+        )
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    kind = path.suffix[1:]
+    # Without a date the same figure gives the same file.
+    metadata = {"Date": None} if kind == "svg" else None
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        figure.savefig(file, format=kind, dpi=300, metadata=metadata)
+    return path

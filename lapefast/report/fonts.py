@@ -1,0 +1,54 @@
+"""Fonts that can draw what labels are written in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+from matplotlib import font_manager
+
+__all__ = ["drawable"]
+
+_log = logging.getLogger(__name__)
+_DEFAULT = "DejaVu Sans"
+
+
+def drawable(*names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Font families that together draw the names, and the names as they can be drawn.
+
+    A name with a character that no installed font has is written in ASCII, escaped.
+    """
+    families, drawn = [_DEFAULT], _characters(_DEFAULT)
+    missing = {character for some in names for name in some for character in name} - drawn
+    for family in _files() if missing else ():
+        if missing & _characters(family):
+            families.append(family)
+            missing -= _characters(family)
+        if not missing:
+            break
+    if missing:
+        _log.warning("No installed font draws %s; escapes stand for it", "".join(sorted(missing)))
+    return families, [[_escaped(name, missing) for name in some] for some in names]
+
+
+@functools.cache
+def _files() -> dict[str, str]:
+    """Family -> file of its upright regular face."""
+    return {
+        font.name: font.fname
+        for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name)
+        # The fonts of last resort draw a box for every character there is.
+        if font.style == "normal" and font.weight == 400 and "Last Resort" not in font.name
+    }
+
+
+@functools.cache
+def _characters(family: str) -> frozenset[str]:
+    return frozenset(map(chr, font_manager.get_font(_files()[family]).get_charmap()))
+
+
+def _escaped(name: str, missing: set[str]) -> str:
+    if missing.isdisjoint(name):
+        return name
+    return name.encode("ascii", "backslashreplace").decode()
