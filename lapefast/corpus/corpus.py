@@ -138,6 +138,7 @@ class Corpus:
             max_rows = None if max_tokens is None else max_tokens // seq_len
             if max_rows is not None and max_rows < 1:
                 raise InputError(f"max_tokens={max_tokens} is less than one row of {seq_len}")
+        self._report = None
         empty = CorpusReport(self.label, self.name, "", seq_len, (start, start), 0, 0, 0, False)
         return Rows(self, self._made(empty, max_rows), max_rows)
 
@@ -235,7 +236,7 @@ def open_corpora(
     for label, source in corpora.items():
         if isinstance(source, Iterator):
             other = iterators.setdefault(id(source), label)
-            if other is not label:
+            if other != label:
                 raise InputError(f"labels {other!r} and {label!r} share one iterator")
     opened = [Corpus(label, source, tokenizer, **options) for label, source in corpora.items()]
     for corpus in opened:

@@ -49,22 +49,9 @@ class CorpusReport:
     dropped: int
     capped: bool
 
-    def overlaps(self, other: CorpusReport) -> bool:
-        """Whether both hold tokens from the same place of the same source."""
-        ours, theirs = self._token_range(), other._token_range()
-        return self.identity == other.identity and ours[0] < theirs[1] and theirs[0] < ours[1]
-
     def to_json(self) -> dict[str, Any]:
-        """A dict that `json.dumps` takes and `from_json` reads."""
+        """A dict that `json.dumps` takes."""
         return {**asdict(self), "rows": list(self.rows)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> CorpusReport:
-        """The report that `to_json` wrote. Raises TypeError or KeyError if it is not one."""
-        return cls(**{**values, "rows": tuple(values["rows"])})
-
-    def _token_range(self) -> tuple[int, int]:
-        return self.rows[0] * self.seq_len, self.rows[1] * self.seq_len
 
 
 def pack(

@@ -39,6 +39,11 @@ def find_source(given: Any, document: str, field: str, prefer_ids: bool) -> Sour
             return FileSource(_expand([os.fspath(i) for i in given]), document, field, prefer_ids)
         if isinstance(given[0], (int, np.integer)) and not isinstance(given[0], bool):
             return ArraySource(_as_array(given))
+        if isinstance(given[0], str) and os.path.isfile(given[0]):
+            raise InputError(
+                f"a list holds texts, but its first is the name of a file, {given[0]}; give files "
+                f"as a glob or as pathlib.Path objects"
+            )
     ordered = isinstance(given, Iterable) and not isinstance(
         given, (bytes, bytearray, Mapping, set, frozenset)
     )

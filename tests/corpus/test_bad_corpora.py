@@ -82,6 +82,7 @@ AT_ONCE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a scalar": (lambda p: torch.tensor(5), r"got \[\]"),
     "ids and texts in one list": (lambda p: [5, "text"], "must be integers"),
     "uneven ids": (lambda p: [5, [6]], "token ids only"),
+    "names of files in a list": (lambda p: [__file__], "its first is the name of a file"),
     "a number": (lambda p: 17, "got int"),
     "nothing": (lambda p: None, "got NoneType"),
     "bytes": (lambda p: b"text", "got bytes"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lapefast.corpus import Corpus
@@ -36,6 +36,61 @@ def test_windows_give_the_tokens_of_the_whole(
         text = " ".join(make_documents(300, seed))[:length]
         expected = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
         assert windowed(tokenizer, text, piece, special_tokens) == expected
+
+
+def sentencepiece_like(texts: list[str]) -> Tokenizer:
+    """As Llama 2: no words, blanks are letters, one is put before the text, bytes for the rest."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<unk>", "<s>"] + [f"<0x{byte:02X}>" for byte in range(256)],
+        limit_alphabet=60,
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return with_template(tokenizer, "<s> $A", "<s>")
+
+
+def unigram(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return with_template(tokenizer, "$A </s>", "</s>")
+
+
+def word_piece(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[CLS]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=special, limit_alphabet=80, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return with_template(tokenizer, "[CLS] $A", "[CLS]")
+
+
+def with_template(tokenizer: Tokenizer, template: str, token: str) -> Tokenizer:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece_like, unigram, word_piece])
+def test_windows_do_for_every_kind_of_tokenizer(make: Any, make_documents: Any) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(make_documents(400, 1)))
+    for seed in range(5):
+        text = " ".join(make_documents(300, seed))[: 4000 + seed]
+        assert windowed(tokenizer, text, 400) == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
