@@ -40,7 +40,8 @@ test-transformers4: $(VENV)/.ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
 
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0 \
+		--benchmark-json=benchmarks/results/cpu.json --benchmark-quiet -q
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

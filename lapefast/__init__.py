@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "InputError": "lapefast.errors",
-    "Profile": "lapefast.profiling.profile",
+    "Profile": "lapefast.profiles",
     "profile": "lapefast.profiling.run",
     "record": "lapefast.recording",
     "NeuronSets": "lapefast.neurons",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lapefast import detect, evaluate
     from lapefast.errors import InputError
     from lapefast.neurons import Edit, NeuronSets, activate, add, deactivate, scale
-    from lapefast.profiling.profile import Profile
+    from lapefast.profiles import Profile
     from lapefast.profiling.run import profile
     from lapefast.recording import record
     from lapefast.steering import steer

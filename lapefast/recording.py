@@ -16,7 +16,7 @@ from lapefast.models.fingerprint import fingerprint
 from lapefast.models.placed import RowIndex, SiteState, SiteStatistics
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
 from lapefast.models.structure import FFN
-from lapefast.profiling.profile import STATISTICS, Profile
+from lapefast.profiles import STATISTICS, Profile
 
 
 def record(

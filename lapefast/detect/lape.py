@@ -11,7 +11,7 @@ import torch
 from lapefast.errors import InputError
 from lapefast.neurons.layout import Key, Layout
 from lapefast.neurons.sets import NeuronSets
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 
 __all__ = ["lape"]
 

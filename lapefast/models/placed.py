@@ -73,7 +73,6 @@ class SiteState:
         self.form = ffn.forward if ffn else None
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
-        self.active = ffn is not None
         self.proven = False
         self.fired = 0
         self.rows: int | None = None  # what a proof expects to see
@@ -81,6 +80,11 @@ class SiteState:
         self.fused: frozenset[torch.dtype] = frozenset()
         self.foreign = False  # whether somebody else replaced the activation's forward
         self._original = original  # the instance's own forward, if it had one
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is placed here; without it the module's own forward runs."""
+        return self.statistics is not None or self.edits is not None
 
     def __deepcopy__(self, memo: dict) -> SiteState:
         return SiteState()

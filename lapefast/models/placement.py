@@ -62,7 +62,7 @@ class Placement:
             state = self.states[ffn.site.name]
             set_role(ffn, state)
             state.choose_kernel(ffn.activation, device_of(ffn))
-            state.proven = False
+            state.proven = not state.active
 
     def release(self, role: str, attribute: str, holder: object) -> None:
         """Take a role out, if ``holder`` has it; with the last one, put back every forward.
@@ -144,8 +144,6 @@ class Placement:
 
     def _restore(self) -> None:
         _placements.pop(self.bare, None)
-        for state in self.states.values():
-            state.active = False
         covered = []
         for module, attribute, before, bound in self._placed:
             if module.__dict__.get(attribute) is not bound:

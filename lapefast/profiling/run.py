@@ -16,7 +16,7 @@ from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 from lapefast.recording import Recorder
 
 

@@ -9,7 +9,7 @@ import torch
 from lapefast.detect import lape
 from lapefast.errors import InputError
 from lapefast.models.sites import Site
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 
 LABELS = ["en", "zh", "fr", "es", "vi", "id", "ja"]
 

@@ -24,7 +24,7 @@ from lapefast.files import existing_file, write_atomically
 from lapefast.models.sites import Site
 
 if TYPE_CHECKING:
-    from lapefast.profiling.profile import Profile
+    from lapefast.profiles.profile import Profile
 
 __all__ = ["main_stack", "read", "write"]
 

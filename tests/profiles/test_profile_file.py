@@ -13,7 +13,7 @@ import torch
 
 from lapefast.errors import InputError
 from lapefast.models.sites import Site
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 
 SITES = [Site("layers.0.mlp", 3, "SiLU"), Site("layers.1.mlp", 4, "SiLU")]
 

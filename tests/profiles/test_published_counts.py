@@ -9,7 +9,7 @@ import lapefast.models
 from lapefast.detect import lape
 from lapefast.errors import InputError
 from lapefast.models.sites import Site
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 
 SITES = [Site("layers.0.mlp", 3, "SiLU"), Site("layers.1.mlp", 3, "SiLU")]
 

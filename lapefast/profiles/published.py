@@ -14,7 +14,7 @@ from lapefast.files import read_torch, write_torch
 from lapefast.models.sites import Site
 
 if TYPE_CHECKING:
-    from lapefast.profiling.profile import Profile
+    from lapefast.profiles.profile import Profile
 
 __all__ = ["read", "write"]
 

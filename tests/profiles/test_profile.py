@@ -7,7 +7,7 @@ import torch
 
 from lapefast.errors import InputError
 from lapefast.models.sites import Site
-from lapefast.profiling.profile import Profile
+from lapefast.profiles import Profile
 
 SITES = [Site("layers.0.mlp", 3, "SiLU"), Site("layers.1.mlp", 5, "SiLU")]
 SETTINGS = {"model": "some/model", "fingerprint": "f" * 64, "dtype": "bfloat16"}

@@ -11,7 +11,7 @@ import torch
 
 from lapefast.errors import InputError
 from lapefast.models.sites import Site
-from lapefast.profiling import published, storage
+from lapefast.profiles import published, storage
 
 __all__ = ["STATISTICS", "Profile"]
 

@@ -1,0 +1,1 @@
+"""What lapefast is measured against, written from the published definitions."""

@@ -1,0 +1,5 @@
+"""Profiles: what is known of a model's neurons over texts, its file, and the published files."""
+
+from lapefast.profiles.profile import STATISTICS, Profile
+
+__all__ = ["STATISTICS", "Profile"]
