@@ -13,9 +13,11 @@ import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
-from lapefast.models.placed import RowIndex, SiteState, SiteStatistics
+from lapefast.models.inputs import input_device
+from lapefast.models.placed import RowIndex, SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
 from lapefast.models.structure import FFN
+from lapefast.models.traces import ROWS, clear, leave
 from lapefast.profiles import STATISTICS, Profile
 
 
@@ -67,19 +69,16 @@ class Recorder:
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
         self._stacks: dict[str, _StackRows] = {}
-        self._hooks: list[Any] = []
         self._placement = Placement.claim(
             model, "recorder", self, f"labels {', '.join(self.labels)}"
         )
         try:
             for name, module in stacks(self._placement.bare).items():
-                device = next(module.parameters()).device
-                rows = self._stacks[name] = _StackRows(len(self.labels), device)
-                self._hooks.append(
-                    module.register_forward_pre_hook(rows.before_forward, with_kwargs=True)
+                self._stacks[name] = _StackRows(
+                    module, len(self.labels), input_device(model), self._placement
                 )
             self._placement.fill(self._place)
-            self._probe()
+            self._placement.prove()
             self.sites = self._placement.sites()
             self._metadata = self._describe(model)
         except BaseException:
@@ -161,7 +160,8 @@ class Recorder:
         for site, statistics in self._statistics.items():
             for name, tensor in statistics.tensors().items():
                 collected[name][site] = tensor.to("cpu", copy=True)
-        return Profile(self.labels, self.sites, tokens, collected, self._metadata)
+        metadata = self._metadata | {"edited": self._placement.steered}
+        return Profile(self.labels, self.sites, tokens, collected, metadata)
 
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
@@ -180,15 +180,14 @@ class Recorder:
 
         The forward pass then returns nothing meaningful. For the pass over a corpus.
         """
-        last = self.sites[-1]
-        if last.calls == 1 and last.name not in self.unproven:
-            self._statistics[last.name].last = True
+        for site in self.sites:
+            if site.name == self._placement.last and site.calls == 1:
+                self._statistics[site.name].last = True
 
     def remove(self) -> None:
         """Take the recorder out of the model; what it counted stays readable. Safe to repeat."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for rows in self._stacks.values():
+            rows.remove()
         self._placement.release("recorder", "statistics", self)
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
@@ -206,23 +205,13 @@ class Recorder:
             for name in self._names
         }
         state.statistics = self._statistics[site.name] = SiteStatistics(
-            groups=self._stacks[site.stack].index,
+            groups=self._stacks[site.stack].index_on(device),
             threshold=self._threshold,
             flags=torch.zeros(2, dtype=torch.int64, device=device),
             backend=chosen_backend(self._backend, device),
             exact=self._exact,
             **tensors,
         )
-
-    def _probe(self) -> None:
-        for rows in self._stacks.values():
-            rows.set(torch.zeros(1, dtype=torch.int32))
-        self._placement.prove()
-        for rows in self._stacks.values():
-            rows.clear()
-        for statistics in self._statistics.values():
-            for tensor in (*statistics.tensors().values(), statistics.flags):
-                tensor.zero_()
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(unwrap(model), "config", None)
@@ -234,7 +223,6 @@ class Recorder:
             "dtype": "+".join(sorted(dtypes)),
             "threshold": self._threshold,
             "exact": self._exact,
-            "edited": "steering" in self._placement.roles,
             "threads": torch.get_num_threads(),
             "versions": {
                 "lapefast": lapefast.__version__,
@@ -244,7 +232,7 @@ class Recorder:
         }
 
     def _indices(self, label: str | None, mask: Tensor | None, groups: Tensor | None) -> Tensor:
-        """The group of each row, int32, one each or one for all."""
+        """The group of each token, [batch, length], or of all, [1]."""
         if groups is None:
             if label not in self.labels:
                 raise InputError(
@@ -253,12 +241,9 @@ class Recorder:
             index = torch.tensor([self.labels.index(label)], dtype=torch.int32)
             if mask is None:
                 return index
-            if mask.dim() != 2:
-                raise InputError(
-                    f"mask must be [batch, length] with 0 for padding, got shape "
-                    f"{list(mask.shape)}"
-                )
-            return torch.where(mask != 0, index.to(mask.device), -1).to(torch.int32).reshape(-1)
+            _check_shape("mask", mask)
+            return torch.where(mask != 0, index.to(mask.device), -1)
+        _check_shape("groups", groups)
         if groups.is_floating_point() or groups.dtype is torch.bool:
             raise InputError(f"groups must be integers like the input ids, got {groups.dtype}")
         outside = (groups < -1) | (groups >= len(self.labels))
@@ -274,52 +259,75 @@ class Recorder:
                     f"{list(groups.shape)}"
                 )
             groups = torch.where(mask != 0, groups, -1)
-        return groups.to(torch.int32).reshape(-1)
+        return groups
 
 
 class _StackRows:
     """The rows of one stack's input: their groups, and how many tokens each group had."""
 
-    def __init__(self, labels: int, device: torch.device) -> None:
-        self.index = RowIndex()
+    def __init__(
+        self, module: nn.Module, labels: int, device: torch.device, placement: Placement
+    ) -> None:
+        self.device = device
+        # One per device that holds FFNs, as a model may be spread over several.
+        self.indices = {device: RowIndex()}
         # The first place is for -1, so that counting needs no selection.
         self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
+        self._shape: torch.Size | None = None
+        self._module, self._placement = module, placement
+        self.hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        leave(module, ROWS, self)
 
-    def set(self, index: Tensor) -> None:
-        held = self.index.tensor
-        if held is not None and held.shape == index.shape:
-            held.copy_(index)  # one address, for compiled graphs
-        else:
-            self.index.tensor = index.to(self.tokens.device)
+    def index_on(self, device: torch.device) -> RowIndex:
+        return self.indices.setdefault(device, RowIndex())
 
-    def clear(self) -> None:
-        self.index.tensor = None
-        self.tokens.zero_()
+    def set(self, groups: Tensor) -> None:
+        """Take the group of each token, [batch, length], or of all, [1]."""
+        self._shape = groups.shape if groups.dim() == 2 else None
+        groups = groups.reshape(-1)
+        for device, held in self.indices.items():
+            if held.tensor is None or held.tensor.shape != groups.shape:
+                held.tensor = torch.empty(groups.shape, dtype=torch.int32, device=device)
+            held.tensor.copy_(groups)  # one address while the shape stays, for compiled graphs
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        index, rows = self.index.tensor, _input_rows(args, kwargs)
+    def remove(self) -> None:
+        self.hook.remove()
+        clear(self._module, ROWS)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
+            return
+        index, shape = self.indices[self.device].tensor, _input_shape(args, kwargs)
         if index is None:
             raise InputError(
                 "the recorder does not know these tokens: call recorder.set(...) before the model"
             )
-        if index.numel() not in (1, rows):
+        if self._shape is not None and shape != self._shape:
             raise InputError(
-                f"the model's input has {rows} tokens, but recorder.set was given "
-                f"{index.numel()}; call it before each forward pass"
+                f"the model's input is {list(shape)} tokens, but recorder.set was given "
+                f"{list(self._shape)}; call it before each forward pass"
             )
+        rows = shape[0] * shape[1]
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
         self.tokens.index_add_(0, (index.long() + 1).expand(rows), one)
 
 
-def _input_rows(args: tuple, kwargs: dict) -> int:
-    """Batch times length of what a stack is called with."""
+def _input_shape(args: tuple, kwargs: dict) -> torch.Size:
+    """[batch, length] of what a stack is called with."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if ids is None and embeddings is None and args:
         ids = args[0]
     given = ids if ids is not None else embeddings
     if not isinstance(given, Tensor) or given.dim() < 2:
         raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
-    return given.shape[0] * given.shape[1]
+    return given.shape[:2]
+
+
+def _check_shape(name: str, given: Tensor) -> None:
+    if given.dim() != 2:
+        raise InputError(
+            f"{name} must be [batch, length] like the input ids, got shape {list(given.shape)}"
+        )
 
 
 def _check_labels(labels: Sequence[str]) -> list[str]:
