@@ -1,0 +1,91 @@
+"""The command line. One file per command; a library loads when a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+from lapefast.cli.demo import demo
+from lapefast.cli.doctor import doctor
+from lapefast.cli.evaluate import evaluate
+from lapefast.cli.identify import identify
+from lapefast.cli.info import info
+from lapefast.cli.merge import merge
+from lapefast.cli.profile import profile
+from lapefast.errors import InputError
+
+__all__ = ["app", "main"]
+
+_UNEXPECTED = 1
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="lapefast",
+    help="Find and control language-specific neurons in language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; an error in it is one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args, **kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            raise _exit(f"error: {error}", _BAD_INPUT) from None
+        except KeyboardInterrupt:
+            raise _exit("interrupted", _INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get("LAPEFAST_DEBUG"):
+                raise
+            sentence = " ".join(str(error).split()) or "no message"
+            raise _exit(
+                f"error: unexpected {type(error).__name__}: {sentence} "
+                "(LAPEFAST_DEBUG=1 shows where)",
+                _UNEXPECTED,
+            ) from None
+
+    return guarded
+
+
+for _command in (profile, identify, evaluate, merge, info, demo, doctor):
+    app.command()(_guarded(_command))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        from lapefast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all is well, 2 for bad input, 130 if interrupted."""
+    logging.basicConfig(format="%(message)s", level=os.environ.get("LAPEFAST_LOG", "WARNING"))
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(code)

@@ -1,0 +1,82 @@
+"""`lapefast demo`: the main job on a small model, made on this machine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lapefast.cli.options import check_output
+
+__all__ = ["demo"]
+
+_SEQ_LEN = 128
+_PROFILE_TOKENS = 2**15
+_VALID_TOKENS = 3 * 2**10
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIRECTORY", help="Where to write.")
+    ] = Path("demo-output"),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Profile a small model of seven languages, find their neurons, and deactivate them.
+
+    The model is trained on this machine, once, in about a minute; nothing is downloaded.
+
+    Example: `lapefast demo -o demo-output`
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    check_output(output / "profile.safetensors")
+    import torch
+
+    import lapefast as lf
+    from lapefast.cli.tables import console, matrix_table, neuron_table, profile_table
+    from lapefast.demo import TOP_RATE, load
+    from lapefast.report import draw_matrix, draw_neurons
+
+    torch.set_num_threads(threads)
+    console.print("The demo model: a small Llama of seven languages, trained here once")
+    made = load()
+    _copy(made.directory, output / "model")
+    train = {
+        label: _copy(path, output / "corpus" / path.name) for label, path in made.train.items()
+    }
+    valid = {
+        label: _copy(path, output / "corpus" / path.name) for label, path in made.valid.items()
+    }
+
+    profile = lf.profile(
+        made.model, train, made.tokenizer, seq_len=_SEQ_LEN, max_tokens=_PROFILE_TOKENS
+    )
+    profile.save(output / "profile.safetensors")
+    console.print(profile_table(profile))
+
+    neurons = lf.detect.lape(profile, top_rate=TOP_RATE)
+    neurons.save(output / "neurons.json")
+    console.print(neuron_table(neurons))
+    console.print(
+        f"LAPE with top_rate={TOP_RATE}: of so small a model the published 0.01 would leave "
+        "too few neurons for seven languages"
+    )
+
+    matrix = lf.evaluate.perplexity_matrix(
+        made.model, neurons, valid, made.tokenizer, seq_len=_SEQ_LEN, max_tokens=_VALID_TOKENS
+    )
+    matrix.save(output / "matrix.json")
+    console.print(matrix_table(matrix))
+    draw_neurons(neurons, output / "neurons.png")
+    draw_matrix(matrix, output / "matrix.png")
+    console.print(f"wrote model, corpus, profile, neurons, matrix and figures to {output}")
+
+
+def _copy(source: Path, target: Path) -> Path:
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,15 @@
+"""`lapefast doctor`: what was found on this machine."""
+
+from __future__ import annotations
+
+__all__ = ["doctor"]
+
+
+def doctor() -> None:
+    """Say which backend would serve each device, and why the others would not.
+
+    Example: `lapefast doctor`
+    """
+    from lapefast import doctor as diagnosis
+
+    print(diagnosis)

@@ -1,0 +1,89 @@
+"""`lapefast evaluate`: the perplexity matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lapefast.cli import options
+from lapefast.cli.options import check_output, load
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: options.Model,
+    neurons: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="The neurons, JSON or .pth.", show_default=False),
+    ],
+    corpus: options.Corpora,
+    output: options.Output,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated labels: those of a .pth file, or a choice of others."),
+    ] = None,
+    random_sets: Annotated[
+        int, typer.Option(min=1, help="Random sets of equal size per layer to compare with.")
+    ] = 5,
+    document: options.Document = "line",
+    field: options.Field = "text",
+    special_tokens: options.SpecialTokens = True,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    quantization: options.Quantization = None,
+    batch_size: options.BatchSize = None,
+    seq_len: options.SeqLen = None,
+    max_tokens: options.MaxTokens = 2**20,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+) -> None:
+    """Deactivate each label's neurons in turn and measure the perplexity of every label's text.
+
+    Example: `lapefast evaluate ./my-model --neurons my-model.neurons.json --corpus en=en.valid.txt
+    --corpus zh=zh.valid.txt -o matrix.json`
+    """
+    check_output(output)
+    from lapefast.corpus import parse_corpus_arguments
+    from lapefast.neurons import NeuronSets
+
+    corpora = parse_corpus_arguments(corpus)
+    text = {"document": document, "field": field, "special_tokens": special_tokens}
+    chosen = None if labels is None else [label.strip() for label in labels.split(",")]
+    sets = NeuronSets.load(neurons, chosen)
+    loaded = load(
+        model,
+        corpora,
+        text,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        seed=seed,
+        threads=threads,
+    )
+    from lapefast.cli.tables import console, matrix_table
+    from lapefast.evaluate import perplexity_matrix
+
+    matrix = perplexity_matrix(
+        loaded.model,
+        sets,
+        corpora,
+        loaded.tokenizer,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        random_sets=random_sets,
+        seed=seed,
+        **text,
+    )
+    matrix.save(output)
+    console.print(matrix_table(matrix))
+    console.print(f"wrote {output}", highlight=False)

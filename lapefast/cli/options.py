@@ -1,0 +1,182 @@
+"""Options that commands share, and what is done with them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lapefast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MODEL_PANEL = "Model"
+_RUN_PANEL = "Run"
+_TEXT_PANEL = "Text"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory of a saved model, or a name on the hub.")
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default=False)
+]
+Corpora = Annotated[
+    list[str],
+    typer.Option(
+        "--corpus",
+        metavar="LABEL=SOURCE",
+        help="Text of a label: a file, a directory, a quoted glob, or a data set as "
+        "name:config:split. Once per label.",
+        show_default=False,
+        rich_help_panel=_TEXT_PANEL,
+    ),
+]
+Document = Annotated[
+    Literal["line", "file", "blank-line"],
+    typer.Option(
+        help="What one document of a text file is.",
+        rich_help_panel=_TEXT_PANEL,
+    ),
+]
+Field = Annotated[
+    str,
+    typer.Option(help="Field of JSON lines, Parquet and data sets.", rich_help_panel=_TEXT_PANEL),
+]
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="Whether the tokenizer adds its special tokens to each document.",
+        rich_help_panel=_TEXT_PANEL,
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"],
+    typer.Option(
+        help="Of the weights; auto is the checkpoint's.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as cpu or cuda:1; by default the GPU, if there is one.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as auto, for a model spread over devices.", rich_help_panel=_MODEL_PANEL
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL_PANEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+Quantization = Annotated[
+    Literal["4bit", "8bit"] | None,
+    typer.Option(
+        help="Quantise the weights by bitsandbytes.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Rows per forward pass; by default as many as are fast and fit the memory.",
+        rich_help_panel=_RUN_PANEL,
+    ),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens per row; by default the model's limit, at most 2048.",
+        rich_help_panel=_RUN_PANEL,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=_RUN_PANEL),
+]
+Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=_RUN_PANEL)]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=_RUN_PANEL),
+]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, and the tokenizer that text needs."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def load(
+    name: str,
+    corpora: dict[str, str],
+    text: dict[str, Any],
+    *,
+    dtype: str,
+    device: str | None,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    quantization: str | None,
+    seed: int,
+    threads: int | None,
+) -> Loaded:
+    """Load the model of a command, after setting threads and random numbers.
+
+    The tokenizer is loaded unless every corpus is a file of token ids. The corpora, read by the
+    options `text`, are looked at before the model, which may take long to load.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from lapefast.corpus import open_corpora
+    from lapefast.engines.transformers import Checkpoint, load_model, load_tokenizer
+
+    transformers_logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    checkpoint = Checkpoint(name, revision, trust_remote_code)
+    only_ids = all(Path(source).suffix in (".npy", ".pt", ".pth") for source in corpora.values())
+    tokenizer = None if only_ids else load_tokenizer(checkpoint)
+    open_corpora(corpora, tokenizer, **text)
+    return Loaded(load_model(checkpoint, dtype, device, device_map, quantization), tokenizer)
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work is done, a file that could not be written after it."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory; give a file's name")
+    directory = path.parent
+    if not directory.is_dir():
+        raise InputError(
+            f"cannot write {path}: the directory {directory} does not exist; create it first"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: the directory {directory} is not writable ({error.strerror})"
+        ) from error

@@ -1,0 +1,90 @@
+"""`lapefast profile`: from a model and text to a profile."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lapefast.cli import options
+from lapefast.cli.options import check_output, load
+
+__all__ = ["profile"]
+
+
+def profile(
+    model: options.Model,
+    corpus: options.Corpora,
+    output: options.Output,
+    document: options.Document = "line",
+    field: options.Field = "text",
+    special_tokens: options.SpecialTokens = True,
+    threshold: Annotated[
+        float, typer.Option(help="A neuron is active where its activation is above it.")
+    ] = 0.0,
+    statistics: Annotated[
+        str,
+        typer.Option(help="Comma-separated, of counts, sums, square_sums and up_abs_sums."),
+    ] = "counts,sums",
+    exact: Annotated[
+        bool,
+        typer.Option("--exact/--no-exact", help="Fuse only activations proven equal bit for bit."),
+    ] = True,
+    backend: Annotated[
+        str | None, typer.Option(help="Who computes the ops; by default the best there is.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    quantization: options.Quantization = None,
+    batch_size: options.BatchSize = None,
+    seq_len: options.SeqLen = None,
+    max_tokens: options.MaxTokens = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+) -> None:
+    """Count, for each label's text, how often every neuron of a model is active.
+
+    Example: `lapefast profile ./my-model --corpus en=en.txt --corpus zh=zh.txt
+    -o my-model.profile.safetensors`
+    """
+    from lapefast.corpus import parse_corpus_arguments
+
+    check_output(output)
+    corpora = parse_corpus_arguments(corpus)
+    text = {"document": document, "field": field, "special_tokens": special_tokens}
+    loaded = load(
+        model,
+        corpora,
+        text,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        seed=seed,
+        threads=threads,
+    )
+    from lapefast import profile as run
+
+    counted = run(
+        loaded.model,
+        corpora,
+        loaded.tokenizer,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        threshold=threshold,
+        statistics=[name.strip() for name in statistics.split(",")],
+        exact=exact,
+        backend=backend,
+        **text,
+    )
+    counted.save(output)
+    from lapefast.cli.tables import console, profile_table
+
+    console.print(profile_table(counted))
+    console.print(f"wrote {output}", highlight=False)
