@@ -6,6 +6,7 @@ taken off the model and their prefixes out of every path.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,13 +39,13 @@ def bare_model(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     while True:
         base = getattr(model, "base_model", model)
-        if isinstance(base, nn.Module) and base is not model:
-            model = unwrap(base)
-            continue
-        language = model._modules.get("language_model")
-        if language is None:
+        if not isinstance(base, nn.Module) or base is model:
+            # Some causal forms do not say which of their parts is the base.
+            parts = (model._modules.get(name) for name in ("language_model", "text_model", "model"))
+            base = next((part for part in parts if hasattr(part, "config")), None)
+        if base is None:
             return model
-        model = unwrap(language)
+        model = unwrap(base)
 
 
 def is_encoder_decoder(bare: nn.Module) -> bool:
@@ -59,7 +60,15 @@ def stacks(bare: nn.Module) -> dict[str, nn.Module]:
     """Stack name -> the module whose input's tokens pass through the stack's FFNs."""
     if is_encoder_decoder(bare):
         return {"encoder": bare.encoder, "decoder": bare.decoder}
-    return {"encoder" if "encoder" in bare._modules else "decoder": bare}
+    return {"encoder" if "encoder" in bare._modules else "decoder": _reader(bare)}
+
+
+def _reader(bare: nn.Module) -> nn.Module:
+    """What reads the token ids: the model, or its part that a causal form calls past it (OPT)."""
+    part = bare._modules.get("decoder")
+    if part is not None and "input_ids" in inspect.signature(type(part).forward).parameters:
+        return part
+    return bare
 
 
 def named_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -45,7 +45,7 @@ def read_forward(module: nn.Module) -> GatedForward | None:
     return form if all(module._modules.get(name) is not None for name in names) else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _read_class(cls: type) -> GatedForward | None:
     forward = cls.forward
     if not inspect.isfunction(forward) or cls.__call__ is not nn.Module.__call__:

@@ -54,8 +54,9 @@ def context_limit(model: nn.Module) -> int | None:
     bare = bare_model(model)
     # RoBERTa's positions start behind the padding index, so its table says more than it can use.
     for name, module in bare.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return module.num_embeddings - module.padding_idx - 1
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return module.num_embeddings - padding - 1
     config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)

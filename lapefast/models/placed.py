@@ -1,24 +1,24 @@
 """What runs at a site while ops are placed there.
 
 `SiteState` hangs on the module whose forward was replaced, and the two forwards below are bound to
-that module: no closure holds it, so a deep copy of a model computes with its own weights, and its
-state comes out inert, which makes the copy unpatched.
+that module. Copying and pickling leave both out (`lapefast.models.traces`), so that a copy computes
+with its own weights and is unpatched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.structure import FFN
-
-STATE = "_lapefast"
+from lapefast.models.traces import SITE, Replaced
 
 
 @dataclass
@@ -49,6 +49,17 @@ class SiteStatistics:
         named = ("counts", "sums", "square_sums", "up_abs_sums")
         return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
 
+    def scratch(self, groups: Tensor) -> SiteStatistics:
+        """The same with zeros of its own, for a probe."""
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()}
+        flags = torch.zeros_like(self.flags)
+        return replace(self, groups=RowIndex(groups.to(flags.device)), flags=flags, **zeros)
+
+    def muted(self) -> SiteStatistics:
+        """The same without anything to add to."""
+        nothing = dict.fromkeys(self.tensors())
+        return replace(self, flags=torch.zeros_like(self.flags), **nothing)
+
 
 @dataclass
 class SiteEdits:
@@ -67,30 +78,24 @@ class SiteEdits:
 class SiteState:
     """What is placed at one site: a recorder's statistics, a steering's edits, or both."""
 
-    def __init__(self, ffn: FFN | None = None, original: Any = None) -> None:
-        self.name = ffn.site.name if ffn else ""
-        self.width = ffn.site.width if ffn else 0
-        self.form = ffn.forward if ffn else None
+    def __init__(self, ffn: FFN, replaced: Replaced) -> None:
+        self.name = ffn.site.name
+        self.width = ffn.site.width
+        self.form = ffn.forward
+        self.replaced = replaced
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
         self.proven = False
         self.fired = 0
-        self.rows: int | None = None  # what a proof expects to see
+        self.probe: torch.Size | None = None  # what a probe's input is, while one runs
         self.kernel = "identity"
         self.fused: frozenset[torch.dtype] = frozenset()
         self.foreign = False  # whether somebody else replaced the activation's forward
-        self._original = original  # the instance's own forward, if it had one
 
     @property
     def active(self) -> bool:
         """Whether anything is placed here; without it the module's own forward runs."""
         return self.statistics is not None or self.edits is not None
-
-    def __deepcopy__(self, memo: dict) -> SiteState:
-        return SiteState()
-
-    def __reduce__(self) -> tuple:
-        return SiteState, ()
 
     def choose_kernel(self, activation: nn.Module, device: torch.device) -> None:
         """Decide, for what is placed now, in which dtypes the kernel computes the activation."""
@@ -104,20 +109,21 @@ class SiteState:
 
     def original(self, module: nn.Module) -> Any:
         """The forward that was there before."""
-        return self._original or type(module).forward.__get__(module)
+        return self.replaced.before or type(module).forward.__get__(module)
 
     def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
         """`activation(gate) * up`, counted and edited."""
         gate, kernel, fresh = self._given(activation, gate)
-        if up.dtype is not gate.dtype:
-            return self.observe(self._edit(gate, None, kernel)) * up
-        statistics = self.statistics
+        if up.dtype is not gate.dtype or up.shape != gate.shape:
+            return self._activation(gate, kernel) * up
+        statistics = self._counting()
         if statistics is None:
             return self._edit(gate, up, kernel)
         if self.edits is not None:
             gate, kernel, fresh = self._edit(gate, None, kernel), "identity", True
         if (writable or fresh) and not (
-            torch.compiler.is_compiling() or (torch.is_grad_enabled() and gate.requires_grad)
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
         ):
             _profile(ops.profile_, gate, up, kernel, statistics)
             return gate
@@ -126,16 +132,19 @@ class SiteState:
     def activated(self, module: nn.Module, given: tuple, options: dict) -> Tensor:
         """The activation module's output, counted and edited; the product is the model's own."""
         if len(given) == 1 and not options and given[0].dtype in self.fused:
-            gate, kernel = given[0], self.kernel
-            if self.edits is None:
-                return _profile(ops.profile, gate, None, kernel, self.statistics)
-        else:
-            gate, kernel = self.original(module)(*given, **options), "identity"
-        return self.observe(self._edit(gate, None, kernel))
+            return self._activation(given[0], self.kernel)
+        return self._activation(self.original(module)(*given, **options), "identity")
+
+    def _activation(self, gate: Tensor, kernel: str) -> Tensor:
+        if self.edits is not None:
+            return self.observe(self._edit(gate, None, kernel))
+        if kernel == "identity":
+            return self.observe(gate)
+        return _profile(ops.profile, gate, None, kernel, self._counting())
 
     def observe(self, activation: Tensor, kernel: str = "identity") -> Tensor:
         """Count an activation that is made (or, by `kernel`, one that nothing else reads)."""
-        statistics = self.statistics
+        statistics = self._counting()
         if statistics is not None:
             ops.observe(
                 activation,
@@ -172,12 +181,17 @@ class SiteState:
         if gate.dtype in self.fused and not _has_hooks(activation):
             return gate, self.kernel, False
         activated = activation(gate)
-        return activated, "identity", activated is not gate and not _has_hooks(activation)
+        fresh = activated is not gate and not activation._modules and not _has_hooks(activation)
+        return activated, "identity", fresh
+
+    def _counting(self) -> SiteStatistics | None:
+        """Where to add up; not what gradient checkpointing runs again for the backward pass."""
+        if self.statistics is None or torch.compiler.is_compiling() or not in_backward():
+            return self.statistics
+        return self.statistics.muted()
 
     def _edit(self, gate: Tensor, up: Tensor | None, kernel: str) -> Tensor:
         edits = self.edits
-        if edits is None:
-            return gate
         return ops.edit(
             gate,
             up,
@@ -208,14 +222,34 @@ def _profile(op: Any, gate: Tensor, up: Tensor | None, kernel: str, s: SiteStati
     )
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody else watches what the module returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether somebody else watches what the module takes or returns."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+    )
+
+
+def _makes_new(projection: nn.Module) -> bool:
+    """Whether a projection's output is a tensor that nothing else can hold."""
+    return (
+        type(projection) is nn.Linear
+        and "forward" not in projection.__dict__
+        and not _has_hooks(projection)
+    )
 
 
 def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     """``down(act(gate(x)) * up(x))`` by the module's own submodules, with the ops in between."""
-    state: SiteState = self.__dict__[STATE]
+    state: SiteState = self.__dict__[SITE]
     if not state.active:
         return state.original(self)(x)
     if not torch.compiler.is_compiling():
@@ -227,7 +261,7 @@ def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
     """The activation module's own forward, its output counted and edited."""
-    state: SiteState = self.__dict__[STATE]
+    state: SiteState = self.__dict__[SITE]
     if not state.active:
         return state.original(self)(*given, **options)
     if not torch.compiler.is_compiling():
@@ -235,10 +269,6 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
         if not state.proven:
             return prove(state, self, given, options)
     return state.activated(self, given, options)
-
-
-# Pickling stores a bound method by its name: under this one a loaded model has its class's forward.
-gated_forward.__name__ = activation_forward.__name__ = "forward"
 
 
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
@@ -255,9 +285,8 @@ def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
         if state.ends_here():
             state.end(activation, gate)
             return torch.zeros_like(x)
-        product = state.product(
-            activation, gate, getattr(self, form.up)(x), writable=not _has_hooks(projection)
-        )
+        up = getattr(self, form.up)(x)
+        product = state.product(activation, gate, up, writable=_makes_new(projection))
     if state.statistics is not None and state.statistics.last:
         return torch.zeros_like(x)
     return getattr(self, form.down)(product)
@@ -266,8 +295,8 @@ def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
 def prove(state: SiteState, module: nn.Module, given: tuple, options: dict) -> Tensor:
     """Run a replaced forward beside the original on the same input; both must agree.
 
-    Outputs bit for bit (closely where inexact kernels were asked for), counts exactly, and as many
-    rows as the model's input has tokens.
+    Outputs bit for bit (closely where inexact kernels were asked for), counts exactly, and in a
+    probe as many rows as the model's input has tokens, in their order.
 
     Raises:
         InputError: naming the site, where they do not.
@@ -284,12 +313,8 @@ def prove(state: SiteState, module: nn.Module, given: tuple, options: dict) -> T
                 f"{state.name}: expected activations of width {state.width}, got "
                 f"{list(activation.shape)}"
             )
-        rows = activation.numel() // state.width
-        if state.rows is not None and rows != state.rows:
-            raise InputError(
-                f"{state.name} saw {rows} rows where the model's input has {state.rows} tokens, so "
-                "its activations can't be assigned to tokens"
-            )
+        if state.probe is not None:
+            _check_rows(state, activation)
         if state.form is not None:
             actual = _gated(module, state, *given, **options)
         else:
@@ -315,12 +340,27 @@ def prove(state: SiteState, module: nn.Module, given: tuple, options: dict) -> T
     return actual
 
 
+def _check_rows(state: SiteState, activation: Tensor) -> None:
+    rows, tokens = activation.numel() // state.width, state.probe.numel()
+    if rows != tokens:
+        raise InputError(
+            f"{state.name} saw {rows} rows where the model's input has {tokens} tokens, so its "
+            "activations can't be assigned to tokens"
+        )
+    leading = activation.shape[:-1]
+    if len(leading) > 1 and leading[0] not in (1, state.probe[0]):
+        raise InputError(
+            f"{state.name} saw rows {list(leading)} where the model's input is "
+            f"{list(state.probe)}, so its rows are in another order than the tokens"
+        )
+
+
 @torch.no_grad()
 def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
     """The original's output with the edits made the plain way, and the edited activation."""
     seen = []
 
-    def edit(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    def edited(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         edits = state.edits
         if edits is not None:
             output = ops.edit(
@@ -339,8 +379,8 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
         return output
 
     if state.form is None:
-        return edit(module, given, state.original(module)(*given, **options)), seen[0]
-    hook = getattr(module, state.form.activation).register_forward_hook(edit)
+        return edited(module, given, state.original(module)(*given, **options)), seen[0]
+    hook = getattr(module, state.form.activation).register_forward_hook(edited)
     try:
         return state.original(module)(*given, **options), seen[0]
     finally:

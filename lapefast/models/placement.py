@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import types
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,14 +16,13 @@ from torch import nn
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import forward_inputs, input_device, vocabulary_size
-from lapefast.models.placed import STATE, SiteState, activation_forward, gated_forward
+from lapefast.models.placed import SiteState, activation_forward, gated_forward
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
+from lapefast.models.traces import PLACEMENT, SITE, Replaced, clear, leave
 from lapefast.ops.backends import backend_for
 
 _log = logging.getLogger(__name__)
-_placements: weakref.WeakKeyDictionary[nn.Module, Placement] = weakref.WeakKeyDictionary()
-_ABSENT = object()
 
 
 class Placement:
@@ -33,9 +33,19 @@ class Placement:
         self.ffns = find_ffns(model)
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
-        self._placed: list[tuple[nn.Module, str, object, object]] = []
-        for ffn in self.ffns:
-            self._place(ffn)
+        self.probing = False
+        self.last: str | None = None
+        """The site that fires last in a forward pass, where the probe could tell."""
+        self.steered = False
+        """Whether a steering was ever placed."""
+        self._placed: list[tuple[nn.Module, SiteState]] = []
+        try:
+            for ffn in self.ffns:
+                self._place(ffn)
+            leave(self.bare, PLACEMENT, self)
+        except BaseException:
+            self._restore()
+            raise
 
     @staticmethod
     def claim(model: nn.Module, role: str, holder: object, name: str) -> Placement:
@@ -45,15 +55,14 @@ class Placement:
             InputError: where the role is taken, naming the first.
         """
         bare = bare_model(model)
-        placement = _placements.get(bare)
-        if placement is None:
-            placement = _placements[bare] = Placement(model)
+        placement = bare.__dict__.get(PLACEMENT) or Placement(model)
         if role in placement.roles:
             raise InputError(
                 f"a {role} is already placed on this {type(bare).__name__} "
                 f"({placement.roles[role][1]}); remove it before placing another"
             )
         placement.roles[role] = (holder, name)
+        placement.steered |= role == "steering"
         return placement
 
     def fill(self, set_role: Callable[[FFN, SiteState], None]) -> None:
@@ -80,32 +89,69 @@ class Placement:
         if not self.roles:
             self._restore()
 
-    def prove(self) -> list[str]:
-        """Run a few tokens through the model, which proves each site they reach.
+    def prove(self) -> None:
+        """Run a few tokens through the model, which proves each site that they reach.
 
-        Returns:
-            The names of the sites that they did not reach; those are proven when they first fire.
+        Nothing is counted. Sites that they do not reach are proven when they first fire.
+
+        Raises:
+            InputError: where a site's proof fails, an FFN runs without its activation module, or
+                none runs at all.
         """
-        for state in self.states.values():
-            state.fired = 0
         ids = torch.arange(2 * 8, device=input_device(self.bare)).reshape(2, 8) * 7919 + 1
         ids %= vocabulary_size(self.bare) or 16
-        for state in self.states.values():
-            state.rows = ids.numel()
         try:
-            with evaluating(self.bare), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with self._probing(ids.shape) as order:
                 self.bare(**forward_inputs(self.bare, ids))
         except InputError:
             raise
-        except Exception as error:  # noqa: BLE001  a model that takes other inputs proves itself later
+        except Exception as error:
             _log.info("%s does not run on bare token ids: %s", type(self.bare).__name__, error)
-        finally:
-            for state in self.states.values():
-                state.rows = None
+        else:
+            self.last = order[-1] if order else None
+            self._check_fired(order)
         unproven = [name for name, state in self.states.items() if not state.proven]
         if unproven:
             _log.info("Not reached by the probe, proven when they first fire: %s", unproven)
-        return unproven
+
+    @contextmanager
+    def _probing(self, shape: torch.Size) -> Iterator[list[str]]:
+        """Let recorders count in scratch memory; yields the sites in the order they run."""
+        order: list[str] = []
+        held = {name: state.statistics for name, state in self.states.items()}
+        hooks = []
+        group = torch.zeros(1, dtype=torch.int32)
+        self.probing = True
+        try:
+            for ffn in self.ffns:
+                state = self.states[ffn.site.name]
+                state.fired, state.probe = 0, shape
+                if state.statistics is not None:
+                    state.statistics = state.statistics.scratch(group)
+                note = functools.partial(_note, order, ffn.site.name)
+                hooks.append(ffn.owner.register_forward_pre_hook(note))
+            with evaluating(self.bare), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield order
+        finally:
+            self.probing = False
+            for hook in hooks:
+                hook.remove()
+            for name, state in self.states.items():
+                state.statistics, state.probe = held[name], None
+
+    def _check_fired(self, order: list[str]) -> None:
+        active = {name: state for name, state in self.states.items() if state.active}
+        for name, state in active.items():
+            if name in order and not state.fired:
+                raise InputError(
+                    f"{name} runs without calling its activation module, so what is placed there "
+                    "would do nothing; lapefast can't handle this model"
+                )
+        if active and not any(state.fired for state in active.values()):
+            raise InputError(
+                f"none of the FFNs of {type(self.bare).__name__} runs in a forward pass, so what "
+                "is placed there would do nothing"
+            )
 
     def sites(self) -> list[Site]:
         """The sites, with the number of calls that the probe saw."""
@@ -114,7 +160,7 @@ class Placement:
         ]
 
     def how(self) -> dict[str, str]:
-        """Site -> how its activation is computed: by the kernel ("fused") or by itself ("given")."""
+        """Site -> who computes its activation: the kernel ("fused") or the module ("given")."""
         return {
             ffn.site.name: "fused"
             if dtype_of(ffn) in self.states[ffn.site.name].fused
@@ -124,7 +170,11 @@ class Placement:
 
     def _place(self, ffn: FFN) -> None:
         for module in (ffn.owner, ffn.activation):
-            _clear_copy(module, ffn.site.name)
+            if SITE in module.__dict__:
+                raise InputError(
+                    f"{ffn.site.name} holds what lapefast placed there through another part of "
+                    "the model or what somebody else's forward covers; remove that first"
+                )
         foreign = _own_forward(ffn.activation)
         if ffn.forward and not _own_forward(ffn.owner):
             target, forward = ffn.owner, gated_forward
@@ -133,28 +183,23 @@ class Placement:
             target, forward = ffn.activation, activation_forward
         # Under accelerate's hooks the module's own forward waits behind this name.
         attribute = "_old_forward" if "_old_forward" in target.__dict__ else "forward"
-        before = target.__dict__.get(attribute, _ABSENT)
-        state = SiteState(ffn, None if before is _ABSENT else before)
+        replaced = Replaced(
+            attribute, target.__dict__.get(attribute), types.MethodType(forward, target)
+        )
+        state = self.states[ffn.site.name] = SiteState(ffn, replaced)
         state.foreign = foreign
-        bound = types.MethodType(forward, target)
-        target.__dict__[attribute] = bound
-        target.__dict__[STATE] = state
-        self.states[ffn.site.name] = state
-        self._placed.append((target, attribute, before, bound))
+        self._placed.append((target, state))
+        leave(target, SITE, state)
+        target.__dict__[attribute] = replaced.placed
 
     def _restore(self) -> None:
-        _placements.pop(self.bare, None)
+        clear(self.bare, PLACEMENT)
         covered = []
-        for module, attribute, before, bound in self._placed:
-            if module.__dict__.get(attribute) is not bound:
-                covered.append(module.__dict__[STATE].name)
-            elif before is _ABSENT:
-                del module.__dict__[attribute]
-            else:
-                module.__dict__[attribute] = before
-        for module, *_ in self._placed:
-            if module.__dict__[STATE].name not in covered:
-                del module.__dict__[STATE]
+        for module, state in self._placed:
+            if state.replaced.undo(module.__dict__):
+                clear(module, SITE)
+            elif SITE in module.__dict__:
+                covered.append(state.name)
         if covered:
             raise InputError(
                 f"the forward of {covered[0]} was replaced after lapefast's was placed, so it is "
@@ -162,23 +207,8 @@ class Placement:
             )
 
 
-def _clear_copy(module: nn.Module, name: str) -> None:
-    """Take out the inert forward that a copy of a placed model carries."""
-    if STATE not in module.__dict__:
-        return
-    for attribute in ("forward", "_old_forward"):
-        forward = module.__dict__.get(attribute)
-        if getattr(forward, "__func__", None) in (gated_forward, activation_forward):
-            if attribute == "forward":
-                del module.__dict__[attribute]
-            else:
-                module.__dict__[attribute] = types.MethodType(type(module).forward, module)
-            del module.__dict__[STATE]
-            return
-    raise InputError(
-        f"the forward of {name} still covers one that lapefast placed before; undo that "
-        "replacement first"
-    )
+def _note(order: list[str], name: str, module: nn.Module, args: tuple) -> None:
+    order.append(name)
 
 
 def chosen_backend(name: str | None, device: torch.device) -> str:

@@ -171,8 +171,10 @@ def _parts_by_shape(module: nn.Module) -> _Parts | None:
 
 def _refuse_experts(path: str, module: nn.Module) -> None:
     stacked = getattr(module, "down_proj", None)
-    if isinstance(stacked, nn.Parameter) or (
-        isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts"
+    if (
+        isinstance(stacked, nn.Parameter)
+        or path.rpartition(".")[2] == "experts"
+        or type(module).__name__.endswith("Experts")
     ):
         raise InputError(
             f"{path} ({type(module).__name__}) is a mixture of experts, whose neurons see only the "

@@ -1,0 +1,74 @@
+"""What placing leaves on a module, and how copies of the module come out without it.
+
+`copy.deepcopy`, `pickle` and `torch.save` take a module's state from its ``__getstate__``. While
+something is placed, the instance carries one of its own that leaves every trace out, so a copy is
+unpatched and a saved model loads where lapefast is not installed.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+SITE = "_lapefast_site"
+ROWS = "_lapefast_rows"
+PLACEMENT = "_lapefast_placement"
+
+_COPYING = "__getstate__"
+
+
+@dataclass
+class Replaced:
+    """An instance's forward that was replaced.
+
+    Attributes:
+        attribute: ``forward``, or ``_old_forward`` under accelerate's hooks.
+        before: what the instance had there; None where only its class has a forward.
+        placed: what it has now.
+    """
+
+    attribute: str
+    before: Any
+    placed: Any
+
+    def undo(self, attributes: dict[str, Any]) -> bool:
+        """Put back what was there; False, and nothing done, if somebody has covered it."""
+        if attributes.get(self.attribute) is not self.placed:
+            return False
+        if self.before is None:
+            del attributes[self.attribute]
+        else:
+            attributes[self.attribute] = self.before
+        return True
+
+
+def leave(module: nn.Module, name: str, trace: Any) -> None:
+    """Put a trace on a module."""
+    module.__dict__[name] = trace
+    module.__dict__[_COPYING] = types.MethodType(_untraced, module)
+
+
+def clear(module: nn.Module, name: str) -> None:
+    """Take a trace off, and with the last one what keeps them out of copies."""
+    module.__dict__.pop(name, None)
+    if not {SITE, ROWS, PLACEMENT} & module.__dict__.keys():
+        module.__dict__.pop(_COPYING, None)
+
+
+def _untraced(self: nn.Module) -> dict[str, Any]:
+    """The module's state without what is placed on it."""
+    own = getattr(type(self), _COPYING, None)
+    state = dict(own(self) if own is not None else self.__dict__)
+    state.pop(_COPYING, None)
+    state.pop(PLACEMENT, None)
+    site, rows = state.pop(SITE, None), state.pop(ROWS, None)
+    if site is not None:
+        site.replaced.undo(state)
+    if rows is not None:
+        for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            state[hooks] = state[hooks].copy()
+            state[hooks].pop(rows.hook.id, None)
+    return state
