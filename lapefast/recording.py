@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import RowIndex, SiteState, SiteStatistics, in_backward
-from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
+from lapefast.models.placement import Placement, chosen_backend, device_of
+from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import ROWS, clear, leave
 from lapefast.profiles import STATISTICS, Profile
+
+_log = logging.getLogger(__name__)
 
 
 def record(
@@ -73,11 +77,13 @@ class Recorder:
             model, "recorder", self, f"labels {', '.join(self.labels)}"
         )
         try:
-            for name, module in stacks(self._placement.bare).items():
-                self._stacks[name] = _StackRows(
-                    module, len(self.labels), input_device(model), self._placement
-                )
-            self._placement.fill(self._place)
+            # Statistics made in inference mode could not be added to outside of it.
+            with torch.inference_mode(False):
+                for name, module in stacks(self._placement.bare).items():
+                    self._stacks[name] = _StackRows(
+                        module, len(self.labels), input_device(model), self._placement
+                    )
+                self._placement.fill(self._place)
             self._placement.prove()
             self.sites = self._placement.sites()
             self._metadata = self._describe(model)
@@ -149,19 +155,26 @@ class Recorder:
             InputError: where an activation was not finite (naming the site), or nothing was
                 counted.
         """
-        tokens = {name: rows.tokens[1:].cpu() for name, rows in self._stacks.items()}
+        tokens = {name: rows.tokens[1:].to("cpu", copy=True) for name, rows in self._stacks.items()}
         if not any(int(count.sum()) for count in tokens.values()):
             raise InputError(
                 "nothing was recorded: call recorder.set(...) and run the model before "
                 "recorder.profile()"
             )
         self.check()
-        collected: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
-        for site, statistics in self._statistics.items():
-            for name, tensor in statistics.tensors().items():
-                collected[name][site] = tensor.to("cpu", copy=True)
-        metadata = self._metadata | {"edited": self._placement.steered}
-        return Profile(self.labels, self.sites, tokens, collected, metadata)
+        sites = self._reached()
+        collected = {
+            name: {
+                site.name: getattr(self._statistics[site.name], name).to("cpu", copy=True)
+                for site in sites
+            }
+            for name in self._names
+        }
+        metadata = self._metadata | {
+            "dtype": self._placement.dtype(),
+            "edited": self._placement.steered,
+        }
+        return Profile(self.labels, sites, tokens, collected, metadata)
 
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
@@ -190,6 +203,21 @@ class Recorder:
             rows.remove()
         self._placement.release("recorder", "statistics", self)
 
+    def _reached(self) -> list[Site]:
+        """The sites without those that no token has reached, such as a vision tower's."""
+        unproven = set(self.unproven)
+        left_out = [
+            site.name
+            for site in self.sites
+            if site.name in unproven
+            and not any(bool(t.any()) for t in self._statistics[site.name].tensors().values())
+        ]
+        if len(left_out) == len(self.sites):
+            raise InputError("no FFN ran, so nothing was recorded; does the model use its FFNs?")
+        if left_out:
+            _log.warning("Not in the profile, as no token reached them: %s", ", ".join(left_out))
+        return [site for site in self.sites if site.name not in left_out]
+
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
         if state.form is None:
@@ -215,12 +243,10 @@ class Recorder:
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(unwrap(model), "config", None)
-        dtypes = {str(dtype_of(ffn)).removeprefix("torch.") for ffn in self._placement.ffns}
         return {
             "model": getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
             "fingerprint": fingerprint(model),
-            "dtype": "+".join(sorted(dtypes)),
             "threshold": self._threshold,
             "exact": self._exact,
             "threads": torch.get_num_threads(),
@@ -287,7 +313,8 @@ class _StackRows:
         groups = groups.reshape(-1)
         for device, held in self.indices.items():
             if held.tensor is None or held.tensor.shape != groups.shape:
-                held.tensor = torch.empty(groups.shape, dtype=torch.int32, device=device)
+                with torch.inference_mode(False):
+                    held.tensor = torch.empty(groups.shape, dtype=torch.int32, device=device)
             held.tensor.copy_(groups)  # one address while the shape stays, for compiled graphs
 
     def remove(self) -> None:

@@ -90,6 +90,7 @@ class SiteState:
         self.probe: torch.Size | None = None  # what a probe's input is, while one runs
         self.kernel = "identity"
         self.fused: frozenset[torch.dtype] = frozenset()
+        self.left = False  # whether a placement that ended could not take this out
         self.foreign = False  # whether somebody else replaced the activation's forward
 
     @property
@@ -113,15 +114,15 @@ class SiteState:
 
     def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
         """`activation(gate) * up`, counted and edited."""
-        gate, kernel, fresh = self._given(activation, gate)
+        gate, kernel, writable = self._given(activation, gate, writable)
         if up.dtype is not gate.dtype or up.shape != gate.shape:
             return self._activation(gate, kernel) * up
         statistics = self._counting()
         if statistics is None:
             return self._edit(gate, up, kernel)
         if self.edits is not None:
-            gate, kernel, fresh = self._edit(gate, None, kernel), "identity", True
-        if (writable or fresh) and not (
+            gate, kernel, writable = self._edit(gate, None, kernel), "identity", True
+        if writable and not (
             torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
         ):
@@ -171,15 +172,17 @@ class SiteState:
 
     def end(self, activation: nn.Module, gate: Tensor) -> None:
         """Count the activation of `gate` without making a product."""
-        gate, kernel, _ = self._given(activation, gate)
+        gate, kernel, _ = self._given(activation, gate, False)
         if self.edits is not None:
             gate, kernel = self._edit(gate, None, kernel), "identity"
         self.observe(gate, kernel)
 
-    def _given(self, activation: nn.Module, gate: Tensor) -> tuple[Tensor, str, bool]:
+    def _given(
+        self, activation: nn.Module, gate: Tensor, writable: bool
+    ) -> tuple[Tensor, str, bool]:
         """What the kernel reads, as which activation, and whether it may be written over."""
         if gate.dtype in self.fused and not _has_hooks(activation):
-            return gate, self.kernel, False
+            return gate, self.kernel, writable
         activated = activation(gate)
         fresh = activated is not gate and not activation._modules and not _has_hooks(activation)
         return activated, "identity", fresh

@@ -168,8 +168,13 @@ class Placement:
             for ffn in self.ffns
         }
 
+    def dtype(self) -> str:
+        """The dtypes of the FFNs' weights, such as ``bfloat16``, joined where they differ."""
+        return "+".join(sorted({str(dtype_of(ffn)).removeprefix("torch.") for ffn in self.ffns}))
+
     def _place(self, ffn: FFN) -> None:
         for module in (ffn.owner, ffn.activation):
+            _clear_left(module)
             if SITE in module.__dict__:
                 raise InputError(
                     f"{ffn.site.name} holds what lapefast placed there through another part of "
@@ -199,12 +204,20 @@ class Placement:
             if state.replaced.undo(module.__dict__):
                 clear(module, SITE)
             elif SITE in module.__dict__:
+                state.left = True
                 covered.append(state.name)
         if covered:
             raise InputError(
                 f"the forward of {covered[0]} was replaced after lapefast's was placed, so it is "
                 "left as it is (lapefast's now only passes through); undo that replacement first"
             )
+
+
+def _clear_left(module: nn.Module) -> None:
+    """Take out what a placement had to leave, if nothing covers it any more."""
+    state = module.__dict__.get(SITE)
+    if state is not None and state.left and state.replaced.undo(module.__dict__):
+        clear(module, SITE)
 
 
 def _note(order: list[str], name: str, module: nn.Module, args: tuple) -> None:

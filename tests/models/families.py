@@ -175,9 +175,9 @@ def _enlarge(model: nn.Module, family: Family) -> None:
         # BERT's sits in `intermediate`, all others beside the activation.
         name = next(name for name in firsts if name in owner._modules)
         first = owner._modules[name]
-        if first in seen:
+        if first.weight in seen:
             continue
-        seen.add(first)
+        seen.add(first.weight)
         with torch.no_grad():
             rows = first.weight.T if type(first).__name__ == "Conv1D" else first.weight
             # gate_up: only the gate half, up stays as it is.
