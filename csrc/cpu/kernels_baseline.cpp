@@ -6,14 +6,20 @@ namespace {
 constexpr int lanes = 4;
 #include "vector.inc"
 
-F exp_half(F x) { return exp_exact(x); }
 
 F widen_half(HalfBits bits) { return widen_half_portable(bits); }
 HalfBits narrow_half(F values) { return narrow_half_portable(values); }
 
+Pair exp_bfloat16(Pair x) { return exp_exact(x); }
+Pair exp_float16(Pair x) { return exp_exact(x); }
+U count_above(U counts, Pair values, float threshold) {
+  return count_above_portable(counts, values, threshold);
+}
+using Nonfinite = I;
+I nonfinite_lanes(Pair values) { return nonfinite_lanes_portable(values); }
 bool any(I mask) {
-  const L pairs = (L)mask;
-  return (pairs[0] | pairs[1]) != 0;
+  const L words = (L)mask;
+  return (words[0] | words[1]) != 0;
 }
 
 #include "kernels.inc"

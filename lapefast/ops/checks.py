@@ -17,6 +17,7 @@ from lapefast.ops.activations import ACTIVATIONS
 
 __all__ = ["check_edit", "check_statistics", "check_writable", "collapsible"]
 
+_TWO = (2,)
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -37,26 +38,25 @@ def check_statistics(
 
     Raises InputError. What the index tensors hold is checked by the backend.
     """
-    shape = gate.shape
     rows = _check_inputs(op, gate, up, activation, flags)
     if threshold != threshold:
         raise InputError(f"{op}: threshold must be a number, got {threshold}.")
-    device = gate.device
+    width = gate.shape[-1]
     if groups is not None:
-        _check_row_index(op, "groups", groups, rows, device)
+        _check_row_index(op, "groups", groups, rows, gate)
     labels = None
     if counts is not None:
-        labels = _check_statistic(op, "counts", counts, torch.int64, labels, shape, device)
+        labels = _check_statistic(op, "counts", counts, torch.int64, labels, width, gate)
     if sums is not None:
-        labels = _check_statistic(op, "sums", sums, torch.float64, labels, shape, device)
+        labels = _check_statistic(op, "sums", sums, torch.float64, labels, width, gate)
     if square_sums is not None:
         labels = _check_statistic(
-            op, "square_sums", square_sums, torch.float64, labels, shape, device
+            op, "square_sums", square_sums, torch.float64, labels, width, gate
         )
     if up_abs_sums is not None:
         if up is None:
             raise InputError(f"{op}: up_abs_sums needs up, which is None; leave up_abs_sums out.")
-        _check_statistic(op, "up_abs_sums", up_abs_sums, torch.float64, labels, shape, device)
+        _check_statistic(op, "up_abs_sums", up_abs_sums, torch.float64, labels, width, gate)
     return rows
 
 
@@ -73,17 +73,16 @@ def check_edit(
 ) -> int:
     """Check the arguments of `edit`; the number of rows of `gate`. Raises InputError."""
     rows = _check_inputs("edit", gate, up, activation, flags)
-    device = gate.device
     if sets is not None:
-        _check_row_index("edit", "sets", sets, rows, device)
+        _check_row_index("edit", "sets", sets, rows, gate)
     if (
         offsets.dtype is not torch.int32
         or offsets.dim() != 1
         or offsets.shape[0] < 1
         or not offsets.is_contiguous()
-        or offsets.device != device
+        or _elsewhere(offsets, gate)
     ):
-        _refuse("edit", "offsets", f"contiguous int32 [sets + 1] on {device}", offsets)
+        _refuse("edit", "offsets", f"contiguous int32 [sets + 1] on {gate.device}", offsets)
     capacity = neurons.numel()
     for name, table, dtype in (
         ("neurons", neurons, torch.int32),
@@ -95,9 +94,9 @@ def check_edit(
             or table.dim() != 1
             or table.shape[0] != capacity
             or not table.is_contiguous()
-            or table.device != device
+            or _elsewhere(table, gate)
         ):
-            _refuse("edit", name, f"contiguous {dtype} [{capacity}] on {device}", table)
+            _refuse("edit", name, f"contiguous {dtype} [{capacity}] on {gate.device}", table)
     return rows
 
 
@@ -136,36 +135,34 @@ def collapsible(tensor: Tensor) -> int | None:
 
 
 def _check_inputs(op: str, gate: Tensor, up: Tensor | None, activation: str, flags: Tensor) -> int:
-    shape, dtype, device = gate.shape, gate.dtype, gate.device
+    shape, dtype = gate.shape, gate.dtype
     if dtype not in _FLOATS or not shape:
         _refuse(op, "gate", "float32, float16 or bfloat16 [..., width]", gate)
-    if up is not None and (up.dtype is not dtype or up.shape != shape or up.device != device):
-        _refuse(op, "up", f"{dtype} {list(shape)} on {device}, as gate", up)
+    if up is not None and (up.dtype is not dtype or up.shape != shape or _elsewhere(up, gate)):
+        _refuse(op, "up", f"{dtype} {list(shape)} on {gate.device}, as gate", up)
     if activation not in ACTIVATIONS:
         raise InputError(
             f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
         )
     if (
         flags.dtype is not torch.int64
-        or flags.dim() != 1
-        or flags.shape[0] != 2
+        or flags.shape != _TWO
         or not flags.is_contiguous()
-        or flags.device != device
+        or _elsewhere(flags, gate)
     ):
-        _refuse(op, "flags", f"contiguous int64 [2] on {device}", flags)
+        _refuse(op, "flags", f"contiguous int64 [2] on {gate.device}", flags)
     return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
 
 
-def _check_row_index(
-    op: str, name: str, index: Tensor, rows: int, device: torch.device
-) -> None:
+def _check_row_index(op: str, name: str, index: Tensor, rows: int, gate: Tensor) -> None:
     if (
         index.dtype is not torch.int32
         or (index.numel() != 1 and index.numel() != rows)
         or not index.is_contiguous()
-        or index.device != device
+        or _elsewhere(index, gate)
     ):
-        _refuse(op, name, f"contiguous int32 with {rows} elements (one per row) or 1", index)
+        expected = f"contiguous int32 with {rows} elements (one per row) or 1 on {gate.device}"
+        _refuse(op, name, expected, index)
 
 
 def _check_statistic(
@@ -174,21 +171,28 @@ def _check_statistic(
     statistic: Tensor,
     dtype: torch.dtype,
     labels: int | None,
-    gate_shape: torch.Size,
-    device: torch.device,
+    width: int,
+    gate: Tensor,
 ) -> int:
-    width = gate_shape[-1]
+    shape = statistic.shape
     if (
         statistic.dtype is not dtype
-        or statistic.dim() != 2
-        or statistic.shape[1] != width
-        or (labels is not None and statistic.shape[0] != labels)
+        or len(shape) != 2
+        or shape[1] != width
+        or (labels is not None and shape[0] != labels)
         or not statistic.is_contiguous()
-        or statistic.device != device
+        or _elsewhere(statistic, gate)
     ):
         expected = f"[{'groups' if labels is None else labels}, {width}]"
-        _refuse(op, name, f"contiguous {dtype} {expected} on {device}", statistic)
-    return statistic.shape[0]
+        _refuse(op, name, f"contiguous {dtype} {expected} on {gate.device}", statistic)
+    return shape[0]
+
+
+def _elsewhere(tensor: Tensor, gate: Tensor) -> bool:
+    """Whether two tensors are on different devices; comparing `is_cpu` costs less."""
+    if tensor.is_cpu:
+        return not gate.is_cpu
+    return tensor.device != gate.device
 
 
 def _refuse(op: str, name: str, expected: str, got: Tensor) -> NoReturn:

@@ -44,9 +44,7 @@ LIBRARY.define(
     + _STATISTICS.format(up_abs_sums=_UP_ABS_SUMS)
     + "()"
 )
-LIBRARY.define(
-    "observe(Tensor gate, str activation, " + _STATISTICS.format(up_abs_sums="") + "()"
-)
+LIBRARY.define("observe(Tensor gate, str activation, " + _STATISTICS.format(up_abs_sums="") + "()")
 LIBRARY.define(
     "edit("
     + _GATED.format(gate="Tensor")

@@ -11,6 +11,6 @@ __all__ = ["FUSED"]
 # the comparison and fails if this set holds one entry more or less than it proves.
 FUSED: frozenset[tuple[str, torch.dtype, str]] = frozenset(
     (activation, dtype, "cpu")
-    for activation in ("silu", "relu", "relu_squared")
+    for activation in ("silu", "relu", "relu_squared", "gelu_new", "quick_gelu")
     for dtype in (torch.bfloat16, torch.float16)
 )

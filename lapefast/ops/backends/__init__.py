@@ -30,9 +30,7 @@ def backend_for(name: str, device_type: str) -> ModuleType:
             _log.warning("Ops run on the slower reference backend: %s", reason)
         return reference
     if name not in BACKENDS:
-        raise InputError(
-            f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}."
-        )
+        raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}.")
     reason = why_not(name, device_type)
     if reason is not None:
         raise InputError(f"Backend {name!r} cannot compute on {device_type}: {reason}")

@@ -56,7 +56,7 @@ def profile(
     flags: Tensor,
 ) -> Tensor:
     """See `declarations.compute_profile`."""
-    product = torch.empty(gate.shape, dtype=gate.dtype)
+    product = _empty(gate)
     _run(
         rows, gate, up, product, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
@@ -64,9 +64,7 @@ def profile(
     return product
 
 
-def profile_(
-    rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics
-) -> None:  # noqa: ANN002
+def profile_(rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics) -> None:  # noqa: ANN002
     """See `declarations.compute_profile_`."""
     _run(rows, gate, up, gate, activation, *statistics)
 
@@ -89,7 +87,7 @@ def edit(
     flags: Tensor,
 ) -> Tensor:
     """See `declarations.compute_edit`."""
-    product = torch.empty(gate.shape, dtype=gate.dtype)
+    product = _empty(gate)
     width = gate.shape[-1]
     gate, gate_stride = _rows(gate)
     up_address, up_stride = 0, 0
@@ -131,14 +129,15 @@ def _run(
         up_address = up.data_ptr()
     if groups is not None:
         groups_address, groups_size = groups.data_ptr(), groups.numel()
-    group_count = 0
-    addresses = []
-    for statistic in (counts, sums, square_sums, up_abs_sums):
-        if statistic is None:
-            addresses.append(0)
-        else:
-            group_count = statistic.shape[0]
-            addresses.append(statistic.data_ptr())
+    group_count = counts_address = sums_address = square_sums_address = up_abs_sums_address = 0
+    if counts is not None:
+        group_count, counts_address = counts.shape[0], counts.data_ptr()
+    if sums is not None:
+        group_count, sums_address = sums.shape[0], sums.data_ptr()
+    if square_sums is not None:
+        group_count, square_sums_address = square_sums.shape[0], square_sums.data_ptr()
+    if up_abs_sums is not None:
+        group_count, up_abs_sums_address = up_abs_sums.shape[0], up_abs_sums.data_ptr()
     if in_place:
         product_address, product_stride = gate_address, gate_stride
     else:
@@ -146,9 +145,15 @@ def _run(
     _native.profile(
         _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
         gate_address, gate_stride, up_address, up_stride, product_address, product_stride,
-        threshold, groups_address, groups_size, group_count, *addresses, flags.data_ptr(),
+        threshold, groups_address, groups_size, group_count, counts_address, sums_address,
+        square_sums_address, up_abs_sums_address, flags.data_ptr(),
         1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _empty(gate: Tensor) -> Tensor:
+    # empty_like takes half the time, but keeps strides where it can.
+    return torch.empty_like(gate) if gate.is_contiguous() else gate.new_empty(gate.shape)
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, int]:

@@ -76,9 +76,7 @@ def profile(
     """See `declarations.compute_profile`."""
     activated = activate(gate, activation)
     made = activated if up is None else activated * up
-    _count(
-        activated, made, up, threshold, groups, counts, sums, square_sums, up_abs_sums, flags
-    )
+    _count(activated, made, up, threshold, groups, counts, sums, square_sums, up_abs_sums, flags)
     # A new tensor, as the schema promises: without up the identity would be gate itself.
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device).copy_(made)
 
@@ -225,9 +223,7 @@ def _dense_tables(
     cell = torch.where(used, owner * width + neurons, number * width)
 
     def dense(values: Tensor, fill: float | bool) -> Tensor:
-        table = torch.full(
-            (number * width + 1,), fill, dtype=values.dtype, device=values.device
-        )
+        table = torch.full((number * width + 1,), fill, dtype=values.dtype, device=values.device)
         return table.scatter(0, cell, values)[:-1].reshape(number, width)
 
     return dense(used, False), dense(scale, 1.0), dense(shift, 0.0)
