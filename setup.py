@@ -41,8 +41,10 @@ def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True)
     except FileNotFoundError:
-        sys.exit("CMake is needed to build lapefast's native library: install cmake, or set "
-                 "LAPEFAST_BUILD_NATIVE=0 for a slower package without it.")
+        sys.exit(
+            "CMake is needed to build lapefast's native library: install cmake, or set "
+            "LAPEFAST_BUILD_NATIVE=0 for a slower package without it."
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(f"Building lapefast's native library failed in: {' '.join(error.cmd)}")
 

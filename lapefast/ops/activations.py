@@ -25,8 +25,12 @@ def _gelu_tanh(gate: Tensor) -> Tensor:
 
 
 def _gelu_new(gate: Tensor) -> Tensor:
-    inner = math.sqrt(2.0 / math.pi) * (gate + 0.044715 * torch.pow(gate, 3.0))
-    return 0.5 * gate * (1.0 + torch.tanh(inner))
+    # One expression, in the order of transformers' own: gradients are added up in that order.
+    return (
+        0.5
+        * gate
+        * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (gate + 0.044715 * torch.pow(gate, 3.0))))
+    )
 
 
 def _quick_gelu(gate: Tensor) -> Tensor:

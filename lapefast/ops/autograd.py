@@ -35,7 +35,7 @@ class _Recomputed(torch.autograd.Function):
     """Runs an op below autograd; its backward differentiates `recompute(*arguments)`."""
 
     @staticmethod
-    def forward(ctx, run, recompute, backend, gate, up, activation, *rest):  # noqa: ANN001
+    def forward(ctx, run, recompute, backend, gate, up, activation, *rest):
         # The tables of an edit may change in place before backward; statistics change by design
         # and play no part in the gradient.
         kept = [
@@ -47,7 +47,7 @@ class _Recomputed(torch.autograd.Function):
         return run(gate, up, activation, *rest, backend=backend)
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001
+    def backward(ctx, gradient):
         gate, up, *kept = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -72,13 +72,13 @@ class _Recomputed(torch.autograd.Function):
 def _autograd_kernel(
     op: torch._ops.OpOverload, compute: Callable[..., Any], recompute: Callable[..., Tensor] | None
 ) -> Callable[..., Any]:
-    straight: dict[int, bool] = {}
+    straight: set[int] = set()
 
-    def run_below(keyset, arguments, options):  # noqa: ANN001
+    def run_below(keyset, arguments, options):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _BELOW_AUTOGRAD, *arguments, **options)
 
-    def kernel(keyset, *arguments, **options):  # noqa: ANN001
+    def kernel(keyset, *arguments, **options):
         if recompute is not None and torch.is_grad_enabled():
             gate, up = arguments[0], arguments[1]
             if gate.requires_grad or (up is not None and up.requires_grad):
@@ -90,20 +90,17 @@ def _autograd_kernel(
                 )
         # Where nothing stands between autograd and the kernel (no mode, no transform), a second
         # trip through the dispatcher is saved: it costs as much as the rest of a small call.
-        key = keyset.raw_repr()
-        direct = straight.get(key)
-        if direct is None:
-            below = keyset & _BELOW_AUTOGRAD
-            direct = straight[key] = below.highestPriorityTypeId() in _KERNEL_KEYS
-        if direct:
+        if keyset.raw_repr() in straight:
             return compute(*arguments, **options)
+        if (keyset & _BELOW_AUTOGRAD).highestPriorityTypeId() in _KERNEL_KEYS:
+            straight.add(keyset.raw_repr())
         return run_below(keyset, arguments, options)
 
     return kernel
 
 
 def _in_place_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def checked(keyset, gate, up, *rest, **options):  # noqa: ANN001
+    def checked(keyset, gate, up, *rest, **options):
         if torch.is_grad_enabled() and (
             gate.requires_grad or (up is not None and up.requires_grad)
         ):

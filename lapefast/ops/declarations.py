@@ -73,9 +73,14 @@ def compute_profile(
     backend: str = "auto",
 ) -> Tensor:
     """The product as the model computes it, contiguous; in the same pass the statistics."""
-    statistics = (threshold, groups, counts, sums, square_sums, up_abs_sums, flags)
-    rows = check_statistics("profile", gate, up, activation, *statistics)
-    return backend_for(backend, gate.device.type).profile(rows, gate, up, activation, *statistics)
+    rows = check_statistics(
+        "profile", gate, up, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+    )  # fmt: skip
+    return backend_for(backend, "cpu" if gate.is_cpu else gate.device.type).profile(
+        rows, gate, up, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+    )  # fmt: skip
 
 
 def compute_profile_(
@@ -93,10 +98,15 @@ def compute_profile_(
     backend: str = "auto",
 ) -> None:
     """`profile` with the product written over `gate`."""
-    statistics = (threshold, groups, counts, sums, square_sums, up_abs_sums, flags)
-    rows = check_statistics("profile_", gate, up, activation, *statistics)
+    rows = check_statistics(
+        "profile_", gate, up, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+    )  # fmt: skip
     check_writable(gate)
-    backend_for(backend, gate.device.type).profile_(rows, gate, up, activation, *statistics)
+    backend_for(backend, "cpu" if gate.is_cpu else gate.device.type).profile_(
+        rows, gate, up, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+    )  # fmt: skip
 
 
 def compute_observe(

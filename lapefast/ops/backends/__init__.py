@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend_for(name: str, device_type: str) -> ModuleType:
     """The backend of that name, or the best one for the device if the name is "auto".
 

@@ -54,24 +54,52 @@ def profile(
     square_sums: Tensor | None,
     up_abs_sums: Tensor | None,
     flags: Tensor,
-) -> Tensor:
-    """See `declarations.compute_profile`."""
-    product = _empty(gate)
-    _run(
-        rows, gate, up, product, activation, threshold,
-        groups, counts, sums, square_sums, up_abs_sums, flags,
+    *,
+    writes: str = "product",
+) -> Tensor | None:
+    """See `declarations.compute_profile`; `writes` says where to: "product", "gate", "nothing"."""
+    width = gate.shape[-1]
+    groups_address = groups_size = up_address = up_stride = 0
+    if groups is not None:
+        groups_address, groups_size = groups.data_ptr(), groups.numel()
+    group_count = counts_address = sums_address = square_sums_address = up_abs_sums_address = 0
+    if counts is not None:
+        group_count, counts_address = counts.shape[0], counts.data_ptr()
+    if sums is not None:
+        group_count, sums_address = sums.shape[0], sums.data_ptr()
+    if square_sums is not None:
+        group_count, square_sums_address = square_sums.shape[0], square_sums.data_ptr()
+    if up_abs_sums is not None:
+        group_count, up_abs_sums_address = up_abs_sums.shape[0], up_abs_sums.data_ptr()
+    if up is not None:
+        up, up_stride = _rows(up)
+        up_address = up.data_ptr()
+    product, product_address, product_stride = None, 0, 0
+    if writes == "product":
+        product = _empty(gate)
+        product_address, product_stride = product.data_ptr(), width
+    gate, gate_stride = _rows(gate)
+    gate_address = gate.data_ptr()
+    if writes == "gate":
+        product_address, product_stride = gate_address, gate_stride
+    _native.profile(
+        _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
+        gate_address, gate_stride, up_address, up_stride, product_address, product_stride,
+        threshold, groups_address, groups_size, group_count, counts_address, sums_address,
+        square_sums_address, up_abs_sums_address, flags.data_ptr(),
+        1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
     )  # fmt: skip
     return product
 
 
-def profile_(rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics) -> None:  # noqa: ANN002
+def profile_(rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics) -> None:
     """See `declarations.compute_profile_`."""
-    _run(rows, gate, up, gate, activation, *statistics)
+    profile(rows, gate, up, activation, *statistics, writes="gate")
 
 
-def observe(rows: int, gate: Tensor, activation: str, *statistics) -> None:  # noqa: ANN002
+def observe(rows: int, gate: Tensor, activation: str, *statistics) -> None:
     """See `declarations.compute_observe`."""
-    _run(rows, gate, None, None, activation, *statistics)
+    profile(rows, gate, None, activation, *statistics, writes="nothing")
 
 
 def edit(
@@ -103,52 +131,6 @@ def edit(
         1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
     )  # fmt: skip
     return product
-
-
-def _run(
-    rows: int,
-    gate: Tensor,
-    up: Tensor | None,
-    product: Tensor | None,
-    activation: str,
-    threshold: float,
-    groups: Tensor | None,
-    counts: Tensor | None,
-    sums: Tensor | None,
-    square_sums: Tensor | None,
-    up_abs_sums: Tensor | None,
-    flags: Tensor,
-) -> None:
-    width = gate.shape[-1]
-    in_place = product is gate
-    gate, gate_stride = _rows(gate)
-    gate_address = gate.data_ptr()
-    up_address = up_stride = groups_address = groups_size = 0
-    if up is not None:
-        up, up_stride = _rows(up)
-        up_address = up.data_ptr()
-    if groups is not None:
-        groups_address, groups_size = groups.data_ptr(), groups.numel()
-    group_count = counts_address = sums_address = square_sums_address = up_abs_sums_address = 0
-    if counts is not None:
-        group_count, counts_address = counts.shape[0], counts.data_ptr()
-    if sums is not None:
-        group_count, sums_address = sums.shape[0], sums.data_ptr()
-    if square_sums is not None:
-        group_count, square_sums_address = square_sums.shape[0], square_sums.data_ptr()
-    if up_abs_sums is not None:
-        group_count, up_abs_sums_address = up_abs_sums.shape[0], up_abs_sums.data_ptr()
-    if in_place:
-        product_address, product_stride = gate_address, gate_stride
-    else:
-        product_address, product_stride = (0, 0) if product is None else (product.data_ptr(), width)
-    _native.profile(
-        _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
-        gate_address, gate_stride, up_address, up_stride, product_address, product_stride,
-        threshold, groups_address, groups_size, group_count, counts_address, sums_address,
-        square_sums_address, up_abs_sums_address, flags.data_ptr(),
-        1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
-    )  # fmt: skip
 
 
 def _empty(gate: Tensor) -> Tensor:

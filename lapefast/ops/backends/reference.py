@@ -81,7 +81,7 @@ def profile(
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device).copy_(made)
 
 
-def profile_(rows: int, gate: Tensor, *arguments) -> None:  # noqa: ANN002
+def profile_(rows: int, gate: Tensor, *arguments) -> None:
     """See `declarations.compute_profile_`."""
     gate.copy_(profile(rows, gate, *arguments))
 
