@@ -14,7 +14,8 @@ __all__ = ["demo"]
 
 _SEQ_LEN = 128
 _PROFILE_TOKENS = 2**15
-_VALID_TOKENS = 3 * 2**10
+_VALID_TOKENS = 1536
+_BATCH_SIZE = 8
 
 
 def demo(
@@ -34,7 +35,7 @@ def demo(
     import torch
 
     import lapefast as lf
-    from lapefast.cli.tables import console, matrix_table, neuron_table, profile_table
+    from lapefast.cli.tables import console, show
     from lapefast.demo import TOP_RATE, load
     from lapefast.report import draw_matrix, draw_neurons
 
@@ -50,24 +51,35 @@ def demo(
     }
 
     profile = lf.profile(
-        made.model, train, made.tokenizer, seq_len=_SEQ_LEN, max_tokens=_PROFILE_TOKENS
+        made.model,
+        train,
+        made.tokenizer,
+        seq_len=_SEQ_LEN,
+        batch_size=_BATCH_SIZE,
+        max_tokens=_PROFILE_TOKENS,
     )
     profile.save(output / "profile.safetensors")
-    console.print(profile_table(profile))
+    show(profile)
 
     neurons = lf.detect.lape(profile, top_rate=TOP_RATE)
     neurons.save(output / "neurons.json")
-    console.print(neuron_table(neurons))
+    show(neurons)
     console.print(
         f"LAPE with top_rate={TOP_RATE}: of so small a model the published 0.01 would leave "
         "too few neurons for seven languages"
     )
 
     matrix = lf.evaluate.perplexity_matrix(
-        made.model, neurons, valid, made.tokenizer, seq_len=_SEQ_LEN, max_tokens=_VALID_TOKENS
+        made.model,
+        neurons,
+        valid,
+        made.tokenizer,
+        seq_len=_SEQ_LEN,
+        batch_size=_BATCH_SIZE,
+        max_tokens=_VALID_TOKENS,
     )
     matrix.save(output / "matrix.json")
-    console.print(matrix_table(matrix))
+    show(matrix)
     draw_neurons(neurons, output / "neurons.png")
     draw_matrix(matrix, output / "matrix.png")
     console.print(f"wrote model, corpus, profile, neurons, matrix and figures to {output}")

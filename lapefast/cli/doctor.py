@@ -10,6 +10,6 @@ def doctor() -> None:
 
     Example: `lapefast doctor`
     """
-    from lapefast import doctor as diagnosis
+    from lapefast.doctor import diagnose
 
-    print(diagnosis)
+    print(diagnose())

@@ -69,7 +69,7 @@ def evaluate(
         seed=seed,
         threads=threads,
     )
-    from lapefast.cli.tables import console, matrix_table
+    from lapefast.cli.tables import console, show
     from lapefast.evaluate import perplexity_matrix
 
     matrix = perplexity_matrix(
@@ -85,5 +85,5 @@ def evaluate(
         **text,
     )
     matrix.save(output)
-    console.print(matrix_table(matrix))
+    show(matrix)
     console.print(f"wrote {output}", highlight=False)

@@ -53,7 +53,7 @@ def identify(
         form=form,
     )
     neurons.save(output)
-    from lapefast.cli.tables import console, neuron_table
+    from lapefast.cli.tables import console, show
 
-    console.print(neuron_table(neurons))
+    show(neurons)
     console.print(f"wrote {output}", highlight=False)

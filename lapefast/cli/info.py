@@ -23,11 +23,11 @@ def info(
 
     Example: `lapefast info my-model.profile.safetensors`
     """
-    from lapefast.cli import tables
+    from lapefast.cli.tables import show, show_metadata
 
     content = _read(file)
-    tables.console.print(tables.metadata_table(content.metadata))
-    tables.console.print(tables.table_of(content))
+    show_metadata(content.metadata)
+    show(content)
 
 
 def _read(path: Path) -> Any:

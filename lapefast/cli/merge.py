@@ -32,9 +32,9 @@ def merge(
     if len(profiles) < 2:
         raise InputError("merge needs two profiles or more, got one")
     from lapefast import Profile
-    from lapefast.cli.tables import console, profile_table
+    from lapefast.cli.tables import console, show
 
     merged = functools.reduce(operator.add, (Profile.load(path) for path in profiles))
     merged.save(output)
-    console.print(profile_table(merged))
+    show(merged)
     console.print(f"wrote {output}", highlight=False)

@@ -84,7 +84,7 @@ def profile(
         **text,
     )
     counted.save(output)
-    from lapefast.cli.tables import console, profile_table
+    from lapefast.cli.tables import console, show
 
-    console.print(profile_table(counted))
+    show(counted)
     console.print(f"wrote {output}", highlight=False)

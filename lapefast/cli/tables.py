@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,80 +15,67 @@ from lapefast.evaluate import PerplexityMatrix
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
 
-__all__ = [
-    "console",
-    "matrix_table",
-    "metadata_table",
-    "neuron_table",
-    "profile_table",
-    "table_of",
-]
+__all__ = ["console", "show", "show_metadata"]
 
-console = Console(soft_wrap=False, highlight=False, markup=False, emoji=False)
+# What reads a pipe or a file has no width of its own.
+console = Console(
+    width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False
+)
 
 
-def table_of(content: Profile | NeuronSets | PerplexityMatrix) -> Table:
-    """The table of whatever a file held."""
+def show(content: Profile | NeuronSets | PerplexityMatrix) -> None:
+    """Print what a file holds, as a table."""
     if isinstance(content, Profile):
-        return profile_table(content)
-    return neuron_table(content) if isinstance(content, NeuronSets) else matrix_table(content)
+        _show_profile(content)
+    elif isinstance(content, NeuronSets):
+        _show_neurons(content)
+    else:
+        _show_matrix(content)
 
 
-def profile_table(profile: Profile) -> Table:
-    """Tokens per label, and the share of neurons active at a token."""
-    table = _table(f"Profile: {len(profile.sites)} sites, {_neurons(profile):,} neurons")
-    table.add_column("label")
-    table.add_column("tokens", justify="right")
-    table.add_column("active at a token", justify="right")
+def _show_profile(profile: Profile) -> None:
+    console.print(f"Profile of {len(profile.sites)} sites, {_neurons(profile):,} neurons")
+    table = _table("label", "tokens", "active at a token")
     for label, tokens in zip(profile.labels, profile.tokens.tolist(), strict=True):
         table.add_row(label, f"{tokens:,}", _share(profile, label))
-    return table
+    console.print(table)
 
 
-def neuron_table(neurons: NeuronSets) -> Table:
-    """Neurons per layer and label."""
-    table = _table("Neurons per layer and label")
-    table.add_column("layer", justify="right")
-    for label in neurons.labels:
-        table.add_column(label, justify="right")
+def _show_neurons(neurons: NeuronSets) -> None:
+    console.print("Neurons per layer and label")
+    table = _table("layer", *neurons.labels)
     layers = [[len(layer) for layer in neurons.layers(label)] for label in neurons.labels]
     for layer in range(len(neurons.sites)):
         table.add_row(str(layer), *(str(counts[layer]) for counts in layers))
     table.add_section()
     table.add_row("all", *(str(sum(counts)) for counts in layers), style="bold")
-    return table
+    console.print(table)
 
 
-def matrix_table(matrix: PerplexityMatrix) -> Table:
-    """Change of each text's perplexity, the diagonal marked, beside that of random sets."""
-    table = _table(
-        "Change of perplexity (columns: text) without a label's neurons (rows); * marks the "
-        "label's own text"
+def _show_matrix(matrix: PerplexityMatrix) -> None:
+    console.print(
+        "Change of perplexity of each text (columns) when a label's neurons are deactivated "
+        "(rows).\n* marks the label's own text; random: the largest change of that text by "
+        f"{matrix.metadata.get('random_sets', 'the')} random sets of equal size per layer."
     )
-    table.add_column("")
-    for label in matrix.columns:
-        table.add_column(label, justify="right")
-    table.add_column("random, own text", justify="right")
-    table.add_row("perplexity", *(f"{value:.2f}" for value in matrix.perplexity[0].tolist()), "")
+    table = _table("", *matrix.columns, "random")
+    table.add_row("none", *(f"{value:.2f} " for value in matrix.perplexity[0].tolist()), "")
     table.add_section()
-    ranges = matrix.random_changes()
-    for row, values in enumerate(matrix.changes().tolist()):
-        label = matrix.rows[row + 1]
+    largest = matrix.random_changes()[..., 1].tolist()
+    for label, changes, random in zip(
+        matrix.rows[1:], matrix.changes().tolist(), largest, strict=True
+    ):
         cells = [
-            f"{value:+.3f}{'*' if column == label else ' '}"
-            for column, value in zip(matrix.columns, values, strict=True)
+            f"{change:+.2f}{'*' if column == label else ' '}"
+            for column, change in zip(matrix.columns, changes, strict=True)
         ]
-        least, largest = (
-            ranges[row, matrix.columns.index(label)].tolist()
-            if label in matrix.columns
-            else (None, None)
-        )
-        table.add_row(label, *cells, "" if least is None else f"{least:+.3f} to {largest:+.3f}")
-    return table
+        own = label in matrix.columns
+        table.add_row(label, *cells, f"{random[matrix.columns.index(label)]:+.2f}" if own else "")
+    console.print(table)
 
 
-def metadata_table(metadata: Mapping[str, Any]) -> Table:
-    """What a file says of itself."""
+def show_metadata(metadata: Mapping[str, Any]) -> None:
+    """Print what a file says of itself."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -97,15 +85,19 @@ def metadata_table(metadata: Mapping[str, Any]) -> Table:
                 table.add_row(name, _brief(one))
         else:
             table.add_row(name, value if isinstance(value, str) else _brief(value))
-    return table
+    console.print(table)
 
 
 def _brief(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
 
 
 def _neurons(profile: Profile) -> int:

@@ -24,8 +24,10 @@ __all__ = ["TokenLikelihood"]
 
 _log = logging.getLogger(__name__)
 
-# Float32 logits of a chunk stay below 64 MiB, whatever the vocabulary.
-_CHUNK_LOGITS = 1 << 24
+# Logits of a chunk are few enough to stay near the caches, and tokens many enough that the head's
+# weights are not read for nothing.
+_CHUNK_LOGITS = 1 << 21
+_CHUNK_TOKENS = 128
 _PROBE_TOKENS = 8
 
 
@@ -73,7 +75,7 @@ class TokenLikelihood:
         output = self._decode(rows)
         hidden = output[0][:, :-1].flatten(0, 1)
         targets = rows[:, 1:].flatten()
-        step = max(1, _CHUNK_LOGITS // self._vocabulary)
+        step = max(_CHUNK_TOKENS, _CHUNK_LOGITS // self._vocabulary)
         with self._passing() as logits_of:
             for piece, wanted in zip(hidden.split(step), targets.split(step), strict=True):
                 total += _nll(logits_of(output, piece[None]), wanted[None])

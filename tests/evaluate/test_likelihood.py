@@ -81,6 +81,7 @@ RELATIVE = 1.6e-5
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_that_of_the_models_own_logits(family, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * VOCABULARY)
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", 1)
     model, ids = causal(family), rows(3, 20)
     likelihood = TokenLikelihood(model)
     assert likelihood.in_chunks
@@ -103,6 +104,7 @@ def test_a_family_whose_head_does_not_run_alone_is_measured_row_by_row(monkeypat
 
 def test_no_logits_of_a_whole_row_are_made(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * VOCABULARY)
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", 1)
     model, seen = causal("llama"), []
     likelihood = TokenLikelihood(model)
     model.lm_head.register_forward_hook(

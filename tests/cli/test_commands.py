@@ -1,0 +1,125 @@
+"""The commands, one after the other, on a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lapefast as lf
+from lapefast.cli import main
+from lapefast.evaluate import PerplexityMatrix
+
+COMMANDS = ["profile", "identify", "evaluate", "merge", "info", "demo", "doctor"]
+LAPE = ["--top-rate", 0.2, "--filter-rate", 0.8, "--activation-bar-ratio", 0.8]
+TEXT = ["--seq-len", 32, "--max-tokens", 1024, "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def files(made, tmp_path_factory):
+    """A profile, its neurons and a matrix, made by the commands."""
+    directory = tmp_path_factory.mktemp("files")
+    corpora = [f"--corpus={label}={made.train[label]}" for label in ("en", "zh", "fr")]
+    profile = ["profile", made.directory, *corpora, *TEXT, "-o", directory / "profile.safetensors"]
+    identify = ["identify", directory / "profile.safetensors", *LAPE, "-o", directory / "n.json"]
+    evaluate = ["evaluate", made.directory, "--neurons", directory / "n.json", *corpora, *TEXT]
+    evaluate += ["--random-sets", 2, "-o", directory / "matrix.json"]
+    for command in (profile, identify, evaluate):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in command])
+        assert exit_.value.code == 0
+    return directory
+
+
+def test_profile_writes_what_the_library_counts(made, files):
+    saved = lf.Profile.load(files / "profile.safetensors")
+    train = {label: made.train[label] for label in ("en", "zh", "fr")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = lf.profile(
+        made.model, train, made.tokenizer, seq_len=32, max_tokens=1024, progress=False
+    )
+    torch.set_num_threads(threads)
+    assert saved.labels == ["en", "zh", "fr"]
+    assert all(torch.equal(saved.counts[site], expected.counts[site]) for site in expected.sites)
+
+
+def test_identify_writes_what_the_library_finds(files):
+    profile = lf.Profile.load(files / "profile.safetensors")
+    expected = lf.detect.lape(profile, top_rate=0.2, filter_rate=0.8, activation_bar_ratio=0.8)
+    saved = lf.NeuronSets.load(files / "n.json")
+    assert sum(one.total for one in saved.values()) > 0
+    assert dict(saved) == dict(expected)
+
+
+def test_evaluate_writes_a_matrix(files):
+    matrix = PerplexityMatrix.load(files / "matrix.json")
+    assert matrix.rows == ["none", "en", "zh", "fr"]
+    assert matrix.columns == ["en", "zh", "fr"]
+    assert matrix.metadata["random_sets"] == 2
+
+
+def test_identify_prints_neurons_per_layer_and_label(lapefast, files, tmp_path):
+    result = lapefast("identify", files / "profile.safetensors", "-o", tmp_path / "n.pth")
+    assert result.code == 0
+    assert "layer" in result.out
+    sets = lf.NeuronSets.load(tmp_path / "n.pth", ["en", "zh", "fr"])
+    assert sets.labels == ["en", "zh", "fr"]
+
+
+def test_merge_adds_profiles(lapefast, made, files, tmp_path):
+    for label in ("vi", "id"):
+        corpus = f"{label}={made.train[label]}"
+        one = tmp_path / f"{label}.safetensors"
+        assert lapefast("profile", made.directory, "--corpus", corpus, *TEXT, "-o", one).code == 0
+    both = tmp_path / "both.safetensors"
+    parts = [tmp_path / "vi.safetensors", tmp_path / "id.safetensors"]
+    assert lapefast("merge", *parts, files / "profile.safetensors", "-o", both).code == 0
+    assert lf.Profile.load(both).labels == ["vi", "id", "en", "zh", "fr"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("profile.safetensors", "1,024"), ("n.json", "layer"), ("matrix.json", "random")],
+)
+def test_info_says_what_a_file_holds(lapefast, files, name, said):
+    result = lapefast("info", files / name)
+    assert result.code == 0
+    assert said in result.out
+
+
+def test_info_reads_published_files(lapefast, files, tmp_path):
+    lf.NeuronSets.load(files / "n.json").save(tmp_path / "n.pth")
+    result = lapefast("info", tmp_path / "n.pth")
+    assert result.code == 0
+    assert "layer" in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(lapefast, command):
+    result = lapefast(command, "--help")
+    assert result.code == 0
+    assert f"Example: lapefast {command}" in " ".join(result.out.split())
+
+
+def test_help_lists_the_commands_that_there_are(lapefast):
+    out = lapefast("--help").out
+    assert all(command in out for command in COMMANDS)
+    assert "steer" not in out
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from lapefast.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_version_is_printed(lapefast):
+    assert lapefast("--version").out.strip() == lf.__version__
