@@ -376,6 +376,10 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_threshold(threshold: float) -> float:
-    if threshold != threshold:
-        raise InputError("threshold must be a number, got nan")
-    return float(threshold)
+    try:
+        number = float(threshold)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number != number:
+        raise InputError(f"threshold must be a number, got {threshold!r}")
+    return number

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import plain
+import pytest
+import torch
+from families import IDS, VOCABULARY, by_name, shared
+
+import lapefast as lf
+from lapefast import models
+from lapefast.errors import InputError
+from lapefast.neurons import NeuronSets
+from lapefast.neurons.layout import Layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEURONS = [0, 3, 20, 31, 32, 50, 51]
+OTHERS = [3, 4, 32]
+
+
+@pytest.fixture(params=["llama", "phi3", "gemma", "gpt2", "opt", "bert", "t5-v1.1", "bitnet",
+                        "falcon-h1", "zamba2"])  # fmt: skip
+def family(request):
+    return by_name(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def llama():
+    return shared("llama")
+
+
+@torch.no_grad()
+def by_hook(family, model, change, sites=None):
+    """The output of the eager model with ``change(activation)`` made by a plain hook."""
+
+    def at(site, output):
+        output = output.clone()
+        if sites is None or site in sites:
+            change(output)
+        return output
+
+    with plain.hooked(family.activations(model), at):
+        return family.call(model)
+
+
+@torch.no_grad()
+def steered(family, model, edit):
+    before = plain.attributes(model)
+    unsteered = family.call(model)
+    with lf.steer(model, edit):
+        output = family.call(model)
+        again = family.call(model)
+    assert plain.same(output, again)
+    plain.assert_untouched(before, model)
+    assert plain.same(family.call(model), unsteered)
+    assert not plain.same(output, unsteered)
+    return output
+
+
+def everywhere(family, neurons=NEURONS):
+    return dict.fromkeys(family.sites, neurons)
+
+
+def test_deactivating_equals_a_hook_that_writes_zeros(family, dtype):
+    model = shared(family.name, dtype)
+
+    def change(activation):
+        activation[..., NEURONS] = 0
+
+    output = steered(family, model, lf.deactivate(everywhere(family)))
+    assert plain.same(output, by_hook(family, model, change))
+
+
+def test_activating_equals_a_hook_that_writes_the_values(family, dtype):
+    model = shared(family.name, dtype)
+    values = torch.linspace(-3, 7, 52, dtype=torch.float64)
+
+    def change(activation):
+        activation[..., NEURONS] = values[NEURONS].float().to(dtype)
+
+    edit = lf.activate(everywhere(family), dict.fromkeys(family.sites, values))
+    assert plain.same(steered(family, model, edit), by_hook(family, model, change))
+
+
+def test_adding_equals_a_hook_that_adds_in_float32(family, dtype):
+    model = shared(family.name, dtype)
+    values = torch.linspace(-3, 7, 52)
+
+    def change(activation):
+        activation[..., NEURONS] += values[NEURONS] * 0.5
+
+    edit = lf.add(everywhere(family), dict.fromkeys(family.sites, values), strength=0.5)
+    assert plain.same(steered(family, model, edit), by_hook(family, model, change))
+
+
+def test_scaling_equals_a_hook_that_multiplies(family, dtype):
+    model = shared(family.name, dtype)
+
+    def change(activation):
+        activation[..., NEURONS] = (activation[..., NEURONS].float() * 1.7).to(dtype)
+
+    output = steered(family, model, lf.scale(everywhere(family), 1.7))
+    assert plain.same(output, by_hook(family, model, change))
+
+
+def test_an_edit_of_one_site_leaves_the_others_alone(family, dtype):
+    model = shared(family.name, dtype)
+    site = list(family.sites)[-1]
+
+    def change(activation):
+        activation[..., NEURONS] = 0
+
+    output = steered(family, model, lf.deactivate({site: NEURONS}))
+    assert plain.same(output, by_hook(family, model, change, {site}))
+
+
+def test_in_a_join_the_right_hand_edit_holds(family):
+    model = shared(family.name, torch.bfloat16)
+
+    def change(activation):
+        activation[..., NEURONS] = 0
+        activation[..., OTHERS] = 2.5
+
+    edit = lf.deactivate(everywhere(family)) | lf.activate(everywhere(family, OTHERS), 2.5)
+    assert plain.same(steered(family, model, edit), by_hook(family, model, change))
+
+
+@torch.no_grad()
+def test_what_is_deactivated_is_zero_even_where_it_was_not_finite():
+    model = by_name("llama").build(torch.bfloat16)
+    model.model.layers[0].mlp.gate_proj.weight[3] = float("inf")
+    assert not model(IDS).logits.isfinite().all()
+    with lf.steer(model, lf.deactivate({"layers.0.mlp": [3]})):
+        assert model(IDS).logits.isfinite().all()
+
+
+def test_neurons_known_by_position_are_bound_to_the_model(llama):
+    unbound = NeuronSets({"en": {0: NEURONS, 1: OTHERS}}, Layout((0, 1)))
+    family = by_name("llama")
+
+    def change(activation):
+        activation[..., NEURONS] = 0
+
+    def other(activation):
+        activation[..., OTHERS] = 0
+
+    names = list(family.sites)
+
+    def at(site, output):
+        output = output.clone()
+        (change if site == names[0] else other)(output)
+        return output
+
+    with torch.no_grad(), plain.hooked(family.activations(llama), at):
+        expected = llama(IDS)
+    assert plain.same(steered(family, llama, lf.deactivate(unbound["en"])), expected)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"),
+    [
+        ({"layers.0.mlp": [52]}, "layers.0.mlp"),
+        ({"layers.7.mlp": [0]}, "layers.7.mlp"),
+    ],
+)
+def test_an_edit_that_does_not_fit_is_refused_and_the_model_kept(llama, neurons, message):
+    before = plain.attributes(llama)
+    with pytest.raises(InputError, match=message):
+        lf.steer(llama, lf.deactivate(neurons))
+    plain.assert_untouched(before, llama)
+
+
+def test_an_edit_for_another_number_of_sites_is_refused(llama):
+    unbound = NeuronSets({"en": {0: [1], 1: [1], 2: [1]}}, Layout((0, 1, 2)))
+    with pytest.raises(InputError, match="3"):
+        lf.steer(llama, lf.deactivate(unbound["en"]))
+
+
+def test_neurons_of_a_model_of_other_weights_are_refused(llama):
+    sites = tuple(by_name("llama").sites)
+    layout = Layout(sites, dict.fromkeys(sites, 52), models.fingerprint(shared("mistral")))
+    neurons = NeuronSets({"en": {sites[0]: [1]}}, layout)
+    other = by_name("llama").build()
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.mlp.down_proj.weight.mul_(2)
+    with lf.steer(llama, lf.deactivate(neurons["en"])):  # the same weights as the mistral's
+        pass
+    with pytest.raises(InputError, match="(?i)fingerprint|weights"):
+        lf.steer(other, lf.deactivate(neurons["en"]))
+
+
+@pytest.mark.parametrize("given", [None, {"layers.0.mlp": [1]}, "en"])
+def test_what_is_no_edit_is_refused(llama, given):
+    with pytest.raises(InputError, match="deactivate, activate, scale or add"):
+        lf.steer(llama, given)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5-v1.1", "phi3"])
+@torch.no_grad()
+def test_generation_runs_with_the_edit(name):
+    family, model = by_name(name), shared(name, torch.float32)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    sites = everywhere(family, list(range(0, 52, 2)))
+
+    def at(site, output):
+        output = output.clone()
+        output[..., ::2] = 0
+        return output
+
+    with plain.hooked(family.activations(model), at):
+        expected = model.generate(IDS, **options)
+    plain_text = model.generate(IDS, **options)
+    with lf.steer(model, lf.deactivate(sites)):
+        assert torch.equal(model.generate(IDS, **options), expected)
+    assert torch.equal(model.generate(IDS, **options), plain_text)
+    assert int(expected.max()) < VOCABULARY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_flow_through_an_edit_as_through_a_hook(dtype):
+    family = by_name("llama")
+    model = family.build(dtype)
+
+    def gradients():
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def at(site, output):
+        kept = torch.ones(52, dtype=dtype)
+        kept[NEURONS] = 0
+        return output * kept
+
+    with plain.hooked(family.activations(model), at):
+        expected = gradients()
+    with lf.steer(model, lf.deactivate(everywhere(family))):
+        found = gradients()
+    assert all(map(torch.equal, expected, found))
+
+
+@torch.no_grad()
+def test_backends_edit_the_same(family, dtype):
+    model = shared(family.name, dtype)
+    edit = lf.scale(everywhere(family), 0.3) | lf.add(everywhere(family, OTHERS), 1.5)
+    outputs = []
+    for backend in ("cpu", "reference"):
+        with lf.steer(model, edit, backend=backend):
+            outputs.append(family.call(model))
+    assert plain.same(*outputs)
+
+
+@torch.no_grad()
+def test_edited_activations_are_counted_under_the_edit(family):
+    model = shared(family.name, torch.bfloat16)
+    edit = lf.add(everywhere(family), 0.4) | lf.scale(everywhere(family, OTHERS), -1.0)
+
+    def change(activation):
+        kept = activation.clone()
+        activation[..., NEURONS] += torch.full((len(NEURONS),), 0.4)  # in float32
+        activation[..., OTHERS] = -kept[..., OTHERS] + 0.0  # as scale * a + shift: -0 becomes 0
+
+    def at(site, output):
+        output = output.clone()
+        change(output)
+        return output
+
+    with plain.hooked(family.activations(model), at) as seen:
+        expected = family.call(model)
+    with lf.steer(model, edit), lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(family.call(model), expected)
+    for site, counted in recorder.profile().counts.items():
+        rows = sum(len(one.reshape(-1, 52)) for one in seen[site])
+        groups = torch.zeros(rows // len(seen[site]), dtype=torch.int64)
+        assert torch.equal(counted, plain.counts(seen[site], groups, 1)), site
