@@ -102,7 +102,7 @@ def profile(
         counted = recorder.profile()
     counted.metadata.update(
         tokenizer=getattr(tokenizer, "name_or_path", None),
-        seq_len=length,
+        seq_len=max(lengths.values()),
         batch_size=batch_size,
         corpora=[corpus.report.to_json() for corpus in opened],
     )
