@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lapefast.ops.checks import collapsible
 
-__all__ = ["edit", "observe", "profile", "profile_", "why_not"]
+__all__ = ["edit", "library_findings", "observe", "profile", "profile_", "why_not"]
 
 try:
     from lapefast import _native
@@ -40,6 +40,22 @@ def why_not(device_type: str) -> str | None:
             "at hand and without LAPEFAST_BUILD_NATIVE=0."
         )
     return None
+
+
+def library_findings() -> dict[str, str]:
+    """What is known of the native library: its instruction sets and its threads, in words."""
+    if _native is None:
+        return {"native library": why_not("cpu") or ""}
+    pool = (
+        f"the OpenMP runtime that torch loaded, {torch.get_num_threads()} threads"
+        if _native.has_thread_pool()
+        else "none: no OpenMP runtime was found in this process, so one thread computes"
+    )
+    return {
+        "native library": _native.__file__,
+        "instruction set": f"{_native.isa()} (available: {', '.join(_native.available_isas())})",
+        "thread pool": pool,
+    }
 
 
 def profile(

@@ -49,13 +49,14 @@ def edited_product(
     row_sets = gate.new_zeros(1, dtype=torch.int64) if sets is None else sets.reshape(-1).long()
     valid = (row_sets >= 0) & (row_sets < offsets.numel() - 1)
     row_sets = torch.where(valid, row_sets, 0)
-    if row_sets.numel() != 1:
-        row_sets = row_sets.reshape(gate.shape[:-1])
-        valid = valid.reshape(gate.shape[:-1])
+    shape = () if row_sets.numel() == 1 else gate.shape[:-1]
     if offsets.numel() > 1:
-        edited, scales, shifts = edited[row_sets], scales[row_sets], shifts[row_sets]
+        edited, scales, shifts = (
+            table.index_select(0, row_sets).reshape(*shape, gate.shape[-1])
+            for table in (edited, scales, shifts)
+        )
         moved = torch.where(scales == 0, shifts, scales * activated.float() + shifts)
-        chosen = edited & valid.unsqueeze(-1)
+        chosen = edited & valid.reshape(*shape, 1)
         activated = torch.where(chosen, moved.to(activated.dtype), activated)
     return activated if up is None else activated * up
 

@@ -1,0 +1,267 @@
+"""`profile`, `profile_` and `observe` on the CPU against eager PyTorch and the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import DTYPES, LAYOUTS, STATISTICS, Tally, named, row_groups, run_profile, values
+
+from lapefast import ops
+from lapefast.errors import InputError
+
+EXACT = ("identity", "silu", "relu", "relu_squared", "gelu_new", "quick_gelu")
+
+
+def assert_sums_agree(got: Tally, expected: Tally) -> None:
+    """Counts are equal; a sum of n float32 terms of one sign errs by at most n 2^-24 of itself.
+
+    Terms of both signs err by that share of the sum of their magnitudes, which the squares bound:
+    |a| <= (1 + a^2) / 2. At most 64 rows are added in float32, and each square is rounded once.
+    """
+    assert torch.equal(got.counts, expected.counts)
+    assert torch.equal(got.flags, expected.flags)
+    share = 65 * 2.0**-24
+    magnitude = (71 + expected.square_sums) / 2
+    assert ((got.square_sums - expected.square_sums).abs() <= share * expected.square_sums).all()
+    if expected.up_abs_sums is not None:
+        error = (got.up_abs_sums - expected.up_abs_sums).abs()
+        assert (error <= share * expected.up_abs_sums).all()
+    # The squares are those of the product, so the activations are bounded on their own.
+    return share, magnitude
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "relu_squared", "identity"])
+def test_product_and_statistics_are_those_of_the_reference(layout, dtype, gated, activation):
+    if dtype is torch.float32 and activation == "silu":
+        activation = "relu"  # eager float32 SiLU disagrees with itself
+    gate, up = LAYOUTS[layout](dtype)
+    if not gated:
+        up = None
+    rows = gate.shape[:-1].numel()
+    groups = row_groups(rows, 3)
+    names = STATISTICS if gated else STATISTICS[:3]
+    got, expected = (Tally(3, gate.shape[-1], names) for _ in range(2))
+    product = run_profile(gate, up, activation, groups, got, threshold=0.25, backend="cpu")
+    reference = run_profile(
+        gate, up, activation, groups, expected, threshold=0.25, backend="reference"
+    )
+    assert product.is_contiguous()
+    assert torch.equal(product, reference)
+    share, _ = assert_sums_agree(got, expected)
+    absolute = Tally(3, gate.shape[-1], names)
+    activated = run_profile(
+        gate, None, activation, None, Tally(1, gate.shape[-1], ("counts",)), backend="reference"
+    )
+    ops.observe(activated.abs(), "identity", 0.0, groups, *absolute.observed(), backend="reference")
+    assert ((got.sums - expected.sums).abs() <= share * absolute.sums).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_writing_over_gate_gives_the_same_and_leaves_the_rest_of_a_fused_tensor(dtype):
+    both = values(5, 3, 88, dtype=dtype)
+    before = both.clone()
+    gate, up = both.chunk(2, dim=-1)
+    tally, again = Tally(1, 44), Tally(1, 44)
+    product = run_profile(before[..., :44], before[..., 44:], "relu", None, tally)
+    ops.profile_(gate, up, "relu", 0.0, None, *again.arguments())
+    assert torch.equal(gate, product)
+    assert torch.equal(up, before[..., 44:])
+    assert torch.equal(tally.counts, again.counts)
+    assert torch.equal(tally.sums, again.sums)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "fused", "strided", "tiles"])
+def test_observing_gives_the_statistics_of_profiling_without_up(layout):
+    gate, _ = LAYOUTS[layout](torch.bfloat16)
+    got, expected = (Tally(1, gate.shape[-1], STATISTICS[:3]) for _ in range(2))
+    before = gate.clone()
+    ops.observe(gate, "silu", 0.0, None, *got.observed())
+    run_profile(gate, None, "silu", None, expected)
+    assert torch.equal(gate, before)
+    for name in ("counts", "sums", "square_sums", "flags"):
+        assert torch.equal(getattr(got, name), getattr(expected, name))
+
+
+def test_a_group_of_one_element_holds_for_every_row():
+    gate, up = LAYOUTS["tiles"](torch.bfloat16)
+    one, every = Tally(3, gate.shape[-1]), Tally(3, gate.shape[-1])
+    run_profile(gate, up, "silu", torch.tensor([2], dtype=torch.int32), one)
+    run_profile(gate, up, "silu", torch.full((71,), 2, dtype=torch.int32), every)
+    assert torch.equal(one.counts, every.counts)
+    assert torch.equal(one.sums, every.sums)
+    assert one.counts[:2].sum() == 0
+
+
+def test_group_minus_one_counts_nowhere_but_makes_its_product():
+    gate, up = LAYOUTS["contiguous"](torch.bfloat16)
+    tally = Tally(1, 40)
+    gate[0, 0] = float("nan")
+    groups = torch.full((6,), -1, dtype=torch.int32)
+    product = run_profile(gate, up, "silu", groups, tally)
+    assert torch.equal(product[1:], (torch.nn.functional.silu(gate) * up)[1:])
+    assert all((value == 0).all() for value in tally.arguments())
+
+
+def test_the_threshold_is_compared_in_float32():
+    # bfloat16(0.1) is 0.1000976..., which is above float32(0.1); rounding 0.1 first would hide it.
+    gate = torch.full((1, 8), 0.1, dtype=torch.bfloat16)
+    for backend in ("cpu", "reference"):
+        tally = Tally(1, 8)
+        run_profile(gate, None, "identity", None, _ungated(tally), threshold=0.1, backend=backend)
+        assert tally.counts.sum() == 8
+    assert not (gate > 0.1).any()
+
+
+@pytest.mark.parametrize("threshold", [-1.0, -0.0, 1e-40, 3.0, float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_any_threshold_counts_as_the_comparison_in_float32(threshold, dtype):
+    gate = values(9, 70, dtype=dtype)
+    tally = Tally(1, 70, ("counts",))
+    run_profile(gate, None, "identity", None, tally, threshold=threshold)
+    expected = (gate.float() > torch.tensor(threshold, dtype=torch.float32)).sum(0)
+    assert torch.equal(tally.counts[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nonfinite_activations_are_counted_in_flags(dtype, in_place):
+    gate, up = values(9, 77, dtype=dtype), torch.ones(9, 77, dtype=dtype)
+    for row, column, value in [(0, 0, "nan"), (3, 76, "inf"), (4, 40, "-inf"), (8, 33, "nan")]:
+        gate[row, column] = float(value)
+    groups = torch.tensor([0] * 8 + [-1], dtype=torch.int32)
+    tally = Tally(1, 77)
+    op = ops.profile_ if in_place else ops.profile
+    op(gate.clone(), up, "silu", 0.0, groups, *tally.arguments())
+    assert tally.flags.tolist() == [3, 0]
+    assert tally.counts[0, 0] == (gate[1:8, 0] > 0).sum()
+
+
+def test_more_rows_than_a_counter_holds():
+    rows = 65535 * 2 + 7
+    gate = torch.ones(rows, 3, dtype=torch.bfloat16)
+    tally = Tally(1, 3)
+    run_profile(gate, gate, "identity", None, tally)
+    assert tally.counts.tolist() == [[rows] * 3]
+    assert tally.sums.tolist() == [[float(rows)] * 3]
+
+
+def test_rows_beyond_two_to_the_31_elements_are_addressed():
+    # Four rows of reserved memory, 2^30 elements apart: only the pages touched become real.
+    base = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
+    gate = base.as_strided((4, 64), (2**30, 1))
+    gate.copy_(values(4, 64, dtype=torch.bfloat16))
+    tally = Tally(1, 64)
+    product = run_profile(gate, gate, "silu", None, tally)
+    assert torch.equal(product, torch.nn.functional.silu(gate) * gate)
+    assert torch.equal(tally.counts[0], (gate > 0).sum(0))
+
+
+@pytest.mark.parametrize("index", [3, -2, 2**31 - 1])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_group_out_of_range_is_refused_before_anything_is_written(index, backend, at):
+    gate, up = LAYOUTS["contiguous"](torch.bfloat16)
+    before = gate.clone()
+    tally = Tally(3, 40)
+    groups = torch.zeros(6, dtype=torch.int32)
+    groups[at] = index
+    with pytest.raises(InputError, match=f"groups holds {index}, but there are 3 groups"):
+        ops.profile_(gate, up, "silu", 0.0, groups, *tally.arguments(), backend=backend)
+    assert torch.equal(gate, before)
+    assert all((value == 0).all() for value in tally.arguments())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_what_is_not_exact_is_within_the_stated_error(activation, dtype):
+    # docs/numerics.md: 4e-7 max(1, |x|) before the rounding to the dtype, which adds half a unit.
+    gate = values(64, 256, dtype=dtype)
+    tally = Tally(1, 256, ("counts",))
+    got = run_profile(gate, None, activation, None, tally).double()
+    exact = ops.ACTIVATIONS[activation](gate.double())
+    unit = torch.finfo(dtype).eps / 2
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    allowed = 4e-7 * gate.double().abs().clamp(min=1) + unit * exact.abs() * 1.01 + smallest
+    assert ((got - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_new", "quick_gelu"])
+def test_float32_activations_are_within_the_stated_error(activation):
+    gate = values(64, 256, dtype=torch.float32) * 4
+    tally = Tally(1, 256, ("counts",))
+    got = run_profile(gate, None, activation, None, tally).double()
+    exact = ops.ACTIVATIONS[activation](gate.double())
+    assert ((got - exact).abs() <= 4e-7 * gate.double().abs().clamp(min=1)).all()
+
+
+WRONG = {
+    "gate's dtype": ({"gate": torch.zeros(6, 40, dtype=torch.float64)}, "gate must be float32"),
+    "gate's shape": ({"gate": torch.zeros(())}, "gate must be"),
+    "up's shape": ({"up": torch.zeros(6, 41, dtype=torch.bfloat16)}, "up must be"),
+    "up's dtype": ({"up": torch.zeros(6, 40)}, "up must be"),
+    "activation": ({"activation": "swish"}, "activation must be one of identity, silu"),
+    "threshold": ({"threshold": float("nan")}, "threshold must be a number"),
+    "groups' number": ({"groups": torch.zeros(5, dtype=torch.int32)}, "groups must be"),
+    "groups' dtype": ({"groups": torch.zeros(6, dtype=torch.int64)}, "groups must be"),
+    "counts' dtype": ({"counts": torch.zeros(1, 40, dtype=torch.int32)}, "counts must be"),
+    "counts' width": ({"counts": torch.zeros(1, 39, dtype=torch.int64)}, r"counts must be .*40\]"),
+    "groups differ": ({"sums": torch.zeros(2, 40, dtype=torch.float64)}, r"sums must be .*\[1, 40"),
+    "sums' layout": (
+        {"sums": torch.zeros(40, 1, dtype=torch.float64).t()[:, ::1].expand(1, 40)[:, ::1]},
+        None,
+    ),
+    "squares' dtype": ({"square_sums": torch.zeros(1, 40)}, "square_sums must be"),
+    "flags' shape": ({"flags": torch.zeros(3, dtype=torch.int64)}, r"flags must be .*\[2\]"),
+    "device": ({"flags": torch.zeros(2, dtype=torch.int64, device="meta")}, "flags must be"),
+    "backend": ({"backend": "fpga"}, "backend must be one of auto, cpu, reference"),
+    "up_abs_sums without up": ({"up": None}, "up_abs_sums needs up"),
+}
+
+
+@pytest.mark.parametrize("wrong", [name for name, (_, message) in WRONG.items() if message])
+@pytest.mark.parametrize("faked", [False, True])
+def test_wrong_arguments_are_refused_in_one_sentence_by_kernels_and_fakes(wrong, faked):
+    changes, message = WRONG[wrong]
+    if faked and wrong in ("backend", "device"):
+        pytest.skip("a fake asks no backend, and fake tensors of two devices are refused by torch")
+    gate, up = LAYOUTS["contiguous"](torch.bfloat16)
+    tally = Tally(1, 40)
+    arguments = {
+        "gate": gate, "up": up, "activation": "silu", "threshold": 0.0, "groups": None,
+        "counts": tally.counts, "sums": tally.sums, "square_sums": tally.square_sums,
+        "up_abs_sums": tally.up_abs_sums, "flags": tally.flags,
+    } | changes  # fmt: skip
+    if faked:
+        mode = torch._subclasses.FakeTensorMode()
+        arguments = {
+            name: mode.from_tensor(value) if torch.is_tensor(value) else value
+            for name, value in arguments.items()
+        }
+        with mode, pytest.raises(InputError, match=message):
+            ops.profile(**arguments)
+    else:
+        with pytest.raises(InputError, match=message):
+            ops.profile(**arguments)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        torch.zeros(6, 80, dtype=torch.bfloat16)[:, ::2],
+        torch.zeros(1, 40, dtype=torch.bfloat16).expand(6, 40),
+        torch.zeros(3, 4, 40, dtype=torch.bfloat16)[:, :2],
+    ],
+    ids=["every other element", "one row six times", "two strides"],
+)
+def test_a_product_is_not_written_over_rows_that_no_single_stride_reaches(gate):
+    tally = Tally(1, 40)
+    with pytest.raises(InputError, match="profile_: gate must have a last stride of 1"):
+        ops.profile_(gate, None, "silu", 0.0, None, tally.counts, None, None, None, tally.flags)
+
+
+def _ungated(tally: Tally) -> Tally:
+    tally.up_abs_sums = None
+    return tally
