@@ -35,6 +35,9 @@ def record(
 ) -> Recorder:
     """Place a recorder in ``model``.
 
+    Placing runs a few tokens through the model, in ``eval()``, to prove itself beside the model's
+    own forwards; hooks of others on the model see that pass too.
+
     Args:
         model: any model whose FFNs `lapefast.models.find_sites` finds.
         labels: what the tokens are grouped by.

@@ -101,3 +101,17 @@ def evaluating(model: nn.Module):
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def headless(bare: nn.Module):
+    """Let a model that owns its language-model head itself, as T5's does, run without it."""
+    head = getattr(bare, "get_output_embeddings", lambda: None)()
+    names = [name for name, child in bare._modules.items() if child is head and head is not None]
+    for name in names:
+        bare._modules[name] = nn.Identity()
+    try:
+        yield
+    finally:
+        for name in names:
+            bare._modules[name] = head

