@@ -13,8 +13,8 @@ from lapefast.cli.options import check_output
 __all__ = ["demo"]
 
 _SEQ_LEN = 128
-_PROFILE_TOKENS = 2**15
-_VALID_TOKENS = 1536
+_PROFILE_TOKENS = 2**14
+_VALID_TOKENS = 1280
 _BATCH_SIZE = 8
 
 

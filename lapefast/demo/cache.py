@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapefast.demo import model as training
@@ -99,8 +100,9 @@ def _key(recipe: Recipe) -> str:
 def _build(recipe: Recipe, entry: Path, progress: bool) -> None:
     with _aside(entry) as directory:
         _log.info("Composing the demo's text and training its model, once; kept in %s", entry)
+        languages = tqdm(LANGUAGES, "composing", unit="language", disable=not progress)
         texts = {
-            language: compose(language, recipe.documents, 2 * recipe.seed) for language in LANGUAGES
+            language: compose(language, recipe.documents, 2 * recipe.seed) for language in languages
         }
         corpus = directory / "corpus"
         corpus.mkdir()

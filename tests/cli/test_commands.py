@@ -123,3 +123,9 @@ def test_help_does_not_import_torch():
 
 def test_the_version_is_printed(lapefast):
     assert lapefast("--version").out.strip() == lf.__version__
+
+
+def test_doctor_says_who_serves_the_cpu(lapefast):
+    result = lapefast("doctor")
+    assert result.code == 0
+    assert "device cpu: served by backend" in result.out
