@@ -255,11 +255,15 @@ def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     state: SiteState = self.__dict__[SITE]
     if not state.active:
         return state.original(self)(x)
-    if not torch.compiler.is_compiling():
-        state.fired += 1
-        if not state.proven:
-            return prove(state, self, (x,), {})
-    return _gated(self, state, x)
+    if torch.compiler.is_compiling():
+        return _gated(self, state, x)
+    state.fired += 1
+    if not state.proven:
+        return prove(state, self, (x,), {})
+    try:
+        return _gated(self, state, x)
+    except InputError as error:
+        raise _named(state, error) from error
 
 
 def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
@@ -267,11 +271,23 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
     state: SiteState = self.__dict__[SITE]
     if not state.active:
         return state.original(self)(*given, **options)
-    if not torch.compiler.is_compiling():
-        state.fired += 1
-        if not state.proven:
-            return prove(state, self, given, options)
-    return state.activated(self, given, options)
+    if torch.compiler.is_compiling():
+        return state.activated(self, given, options)
+    state.fired += 1
+    if not state.proven:
+        return prove(state, self, given, options)
+    try:
+        return state.activated(self, given, options)
+    except InputError as error:
+        raise _named(state, error) from error
+
+
+def _named(state: SiteState, error: InputError) -> InputError:
+    """What an op refused, with its site and the likeliest reason."""
+    return InputError(
+        f"{state.name}: {error} Was the model moved, or does this FFN not see each token once? "
+        "After a move, place again."
+    )
 
 
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
