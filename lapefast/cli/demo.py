@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lapefast.cli.options import check_output
+from lapefast.errors import InputError
 
 __all__ = ["demo"]
 
@@ -30,7 +31,10 @@ def demo(
 
     Example: `lapefast demo -o demo-output`
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {output}: {error.strerror}; give a directory") from error
     check_output(output / "profile.safetensors")
     import torch
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lapefast.errors import InputError
-from lapefast.models.bare import evaluating, unwrap
+from lapefast.models.bare import bare_model, evaluating, unwrap
 from lapefast.models.inputs import forward_inputs, input_device
 
 __all__ = ["TokenLikelihood"]
@@ -48,11 +48,10 @@ class TokenLikelihood:
         self._model = unwrap(model)
         _refuse_by_name(self._model)
         self._device = input_device(model)
-        self._decoder = self._model.get_decoder() if hasattr(self._model, "get_decoder") else None
         with evaluating(self._model), torch.no_grad():
             logits = self._probe()
             self._vocabulary = logits.shape[-1]
-            self.in_chunks = self._agrees_in_chunks(logits)
+            self.in_chunks = any(self._agrees_in_chunks(one, logits) for one in self._decoders())
         if not self.in_chunks:
             _log.info(
                 "%s: the head does not run apart from the decoder; logits of one whole row at a "
@@ -126,9 +125,14 @@ class TokenLikelihood:
             )
         return logits
 
-    def _agrees_in_chunks(self, whole: Tensor) -> bool:
-        if self._decoder is None or self._decoder is self._model:
-            return False
+    def _decoders(self) -> list[nn.Module]:
+        """What the model may call to turn ids into what its head reads."""
+        model = self._model
+        found = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+        return [one for one in (*found, bare_model(model)) if one is not None and one is not model]
+
+    def _agrees_in_chunks(self, decoder: nn.Module, whole: Tensor) -> bool:
+        self._decoder = decoder
         ids = torch.arange(_PROBE_TOKENS, device=self._device)[None] % self._vocabulary
         try:
             output = self._decode(ids)

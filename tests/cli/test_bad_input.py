@@ -123,6 +123,11 @@ def test_a_file_that_is_nothing_of_lapefasts(lapefast, tmp_path):
     refused(lapefast("info", tmp_path / "missing"), "missing")
 
 
+def test_a_demo_cannot_be_written_over_a_file(lapefast, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(lapefast("demo", "-o", tmp_path / "file"), "file")
+
+
 def test_an_unknown_command_or_option_is_a_usage_error(lapefast):
     assert lapefast("profil").code == 2
     assert lapefast("info", "--nothing").code == 2

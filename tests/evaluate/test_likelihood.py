@@ -96,7 +96,7 @@ def test_it_is_that_of_the_models_own_logits_in_bfloat16():
 
 def test_a_family_whose_head_does_not_run_alone_is_measured_row_by_row(monkeypatch):
     model, ids = causal("llama"), rows(3, 20)
-    monkeypatch.setattr(model, "get_decoder", lambda: model.model.layers[0])
+    monkeypatch.setattr(TokenLikelihood, "_decoders", lambda _: [model.model.layers[0]])
     likelihood = TokenLikelihood(model)
     assert not likelihood.in_chunks
     assert likelihood(ids) == pytest.approx(own_nll(model, ids), rel=RELATIVE)
