@@ -1,0 +1,241 @@
+// The kernels without Python: every instruction set against scalar arithmetic, at the edges of
+// memory, and from several threads at once. Built to run under the sanitizers too.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "lapefast/library.h"
+
+namespace {
+
+using lapefast::Activation;
+using lapefast::DType;
+
+float widen(std::uint16_t bits) {
+  const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+std::uint16_t narrow(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return static_cast<std::uint16_t>((bits >> 16) | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Small numbers of both signs that repeat with a long period; none is zero.
+std::uint16_t sample(std::int64_t at) {
+  return narrow(static_cast<float>((at * 7919 + 13) % 1009 - 504.5) / 64.0f);
+}
+
+// Exactly as many elements as the kernel may touch, so that a sanitizer sees any other.
+struct Matrix {
+  std::int64_t rows, width, stride;
+  std::vector<std::uint16_t> data;
+  Matrix(std::int64_t r, std::int64_t w, std::int64_t s, std::int64_t seed)
+      : rows(r), width(w), stride(s), data(r ? (r - 1) * s + w : 0) {
+    for (std::size_t at = 0; at < data.size(); ++at) data[at] = sample(seed + at);
+  }
+  std::uint16_t& at(std::int64_t row, std::int64_t column) { return data[row * stride + column]; }
+  lapefast::Rows view() { return {data.data(), stride}; }
+};
+
+struct Tally {
+  std::vector<std::int64_t> counts;
+  std::vector<double> sums, square_sums, up_abs_sums;
+  std::int64_t flags[2] = {0, 0};
+  Tally(std::int64_t groups, std::int64_t width)
+      : counts(groups * width), sums(counts.size()), square_sums(sums), up_abs_sums(sums) {}
+  lapefast::Statistics view(std::int64_t groups) {
+    return {groups, counts.data(), sums.data(), square_sums.data(), up_abs_sums.data()};
+  }
+};
+
+lapefast::ProfileCall profile_call(Matrix& gate, Matrix& up, Matrix& product,
+                                   const std::vector<std::int32_t>& groups, Tally& tally,
+                                   std::int64_t group_count) {
+  lapefast::ProfileCall call{};
+  call.dtype = DType::bfloat16;
+  call.activation = Activation::relu;
+  call.rows = gate.rows;
+  call.width = gate.width;
+  call.gate = gate.view();
+  call.up = up.view();
+  call.product = product.view();
+  call.groups = {groups.data(), static_cast<std::int64_t>(groups.size())};
+  call.statistics = tally.view(group_count);
+  call.flags = tally.flags;
+  return call;
+}
+
+// Widths around the blocks of every instruction set and the tiles; strides with and without a gap.
+void profile_equals_scalar_arithmetic(const std::string& isa) {
+  for (const std::int64_t width : {1, 3, 7, 8, 9, 16, 31, 32, 33, 64, 100, 2047, 2048, 2049, 4101})
+    for (const std::int64_t rows : {0, 1, 2, 5, 70})
+      for (const std::int64_t gap : {0, 5}) {
+        const std::string where =
+            isa + " [" + std::to_string(rows) + ", " + std::to_string(width) + "]";
+        Matrix gate(rows, width, width + gap, 1), up(rows, width, width + gap, 2);
+        Matrix product(rows, width, width, 3);
+        std::vector<std::int32_t> groups(rows);
+        for (std::int64_t row = 0; row < rows; ++row)
+          groups[row] = static_cast<std::int32_t>(row < 30 ? row % 4 - 1 : row / 9 % 3);
+        Tally tally(3, width), expected(3, width);
+        lapefast::profile(profile_call(gate, up, product, groups, tally, 3), 1);
+        bool products = true;
+        for (std::int64_t row = 0; row < rows; ++row)
+          for (std::int64_t column = 0; column < width; ++column) {
+            const float value = widen(gate.at(row, column)), factor = widen(up.at(row, column));
+            const float active = value < 0 ? 0.0f : value;
+            const std::uint16_t made = narrow(active * factor);
+            products = products && product.at(row, column) == made;
+            if (groups[row] < 0) continue;
+            const std::int64_t cell = groups[row] * width + column;
+            expected.counts[cell] += active > 0;
+            expected.sums[cell] += active;
+            expected.square_sums[cell] += static_cast<double>(widen(made)) * widen(made);
+            expected.up_abs_sums[cell] += std::fabs(factor);
+          }
+        CHECK(products, where);
+        CHECK(tally.counts == expected.counts, where);
+        // The samples are multiples of 2^-7 below 8: sums of them are exact in float32.
+        CHECK(tally.sums == expected.sums, where);
+        CHECK(tally.up_abs_sums == expected.up_abs_sums, where);
+        for (std::size_t cell = 0; cell < expected.square_sums.size(); ++cell) {
+          const double total = expected.square_sums[cell];
+          // At most 64 additions and one rounded square, each by 2^-24.
+          CHECK(std::fabs(tally.square_sums[cell] - total) <= 65 * 0x1p-24 * total, where);
+        }
+        CHECK(tally.flags[0] == 0 && tally.flags[1] == 0, where);
+      }
+}
+
+void edit_touches_only_what_its_tables_name(const std::string& isa) {
+  for (const std::int64_t width : {1, 33, 100, 2100}) {
+    Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
+    const std::vector<std::int32_t> sets{0, -1, 1, 0, 1, -1};
+    const std::int32_t last = static_cast<std::int32_t>(width - 1);
+    const std::vector<std::int32_t> offsets{0, 1, 2}, neurons{0, last};
+    const std::vector<float> scale{0.0f, 2.0f}, shift{3.0f, -1.0f};
+    lapefast::EditCall call{};
+    call.dtype = DType::bfloat16;
+    call.activation = Activation::identity;
+    call.rows = 6;
+    call.width = width;
+    call.gate = gate.view();
+    call.up = up.view();
+    call.product = product.view();
+    call.sets = {sets.data(), 6};
+    call.set_count = 2;
+    call.offsets = offsets.data();
+    call.capacity = 2;
+    call.neurons = neurons.data();
+    call.scale = scale.data();
+    call.shift = shift.data();
+    lapefast::edit(call, 1);
+    for (std::int64_t row = 0; row < 6; ++row)
+      for (std::int64_t column = 0; column < width; ++column) {
+        float active = widen(gate.at(row, column));
+        if (sets[row] == 0 && column == 0) active = 3.0f;
+        if (sets[row] == 1 && column == last) active = widen(narrow(2.0f * active - 1.0f));
+        const std::uint16_t made = narrow(active * widen(up.at(row, column)));
+        CHECK(product.at(row, column) == made, isa + " width " + std::to_string(width));
+      }
+  }
+}
+
+template <class Function>
+bool refuses(const Function& function) {
+  try {
+    function();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+void a_bad_index_is_refused_before_anything_is_written(const std::string& isa) {
+  for (const std::int32_t bad : {3, -2, std::numeric_limits<std::int32_t>::max()}) {
+    Matrix gate(4, 50, 50, 1), up(4, 50, 50, 2), product(4, 50, 50, 3);
+    const std::vector<std::uint16_t> before = product.data;
+    Tally tally(3, 50);
+    const std::vector<std::int32_t> groups{0, 1, 2, bad};
+    const auto call = profile_call(gate, up, product, groups, tally, 3);
+    CHECK(refuses([&] { lapefast::profile(call, 1); }), isa);
+    CHECK(product.data == before, isa);
+    CHECK(tally.counts == std::vector<std::int64_t>(150), isa);
+  }
+}
+
+void nonfinite_activations_are_counted(const std::string& isa) {
+  for (const bool in_place : {false, true}) {
+    Matrix gate(9, 70, 70, 1), up(9, 70, 70, 2), product(9, 70, 70, 3);
+    gate.at(0, 0) = 0x7fc0;
+    gate.at(5, 69) = 0x7f80;
+    gate.at(8, 3) = 0x7f80;
+    Tally tally(1, 70);
+    const std::vector<std::int32_t> groups{0, 0, 0, 0, 0, 0, 0, 0, -1};
+    lapefast::profile(profile_call(gate, up, in_place ? gate : product, groups, tally, 1), 1);
+    CHECK(tally.flags[0] == 2, isa);
+  }
+}
+
+// Calls from several threads add to one set of statistics; nothing is lost, and a sanitizer of
+// threads has nothing to say.
+void several_threads_share_statistics(const std::string& isa) {
+  const std::int64_t width = 2100;
+  Tally shared(2, width), once(2, width);
+  const std::vector<std::int32_t> groups{0, 1, 1, 0, 0};
+  const auto run = [&](Tally& tally) {
+    Matrix gate(5, width, width, 1), up(5, width, width, 2), product(5, width, width, 3);
+    gate.at(1, 1) = 0x7fc0;
+    lapefast::profile(profile_call(gate, up, product, groups, tally, 2), 1);
+  };
+  run(once);
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 10; ++round) run(shared);
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(shared.flags[0] == 40, isa);
+  bool equal = true;
+  for (std::size_t cell = 0; cell < shared.counts.size(); ++cell)
+    equal = equal && shared.counts[cell] == 40 * once.counts[cell];
+  CHECK(equal, isa);
+}
+
+// Every number of threads walks every column once. Without an OpenMP runtime in the process, as
+// here, a call runs on the caller's thread.
+void work_is_done_once_without_a_pool(const std::string& isa) {
+  std::atomic<int> runs{0};
+  lapefast::run_parallel(
+      8, [](void* context, int, int) { ++*static_cast<std::atomic<int>*>(context); }, &runs);
+  CHECK(lapefast::has_thread_pool() || runs == 1, isa);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& isa : lapefast::available_isas()) {
+    lapefast::select_isa(isa);
+    CHECK(lapefast::isa() == isa, isa);
+    profile_equals_scalar_arithmetic(isa);
+    edit_touches_only_what_its_tables_name(isa);
+    a_bad_index_is_refused_before_anything_is_written(isa);
+    nonfinite_activations_are_counted(isa);
+    several_threads_share_statistics(isa);
+    work_is_done_once_without_a_pool(isa);
+  }
+  CHECK(refuses([] { lapefast::select_isa("none"); }), "");
+  return checks::failures ? 1 : 0;
+}
