@@ -385,9 +385,9 @@ def test_not_finite_activations_of_padding_do_no_harm():
     padding = torch.zeros(3, 8, 52, dtype=torch.bool)
     padding[:, -1] = True
     last.register_forward_hook(
-        lambda module, args, output: output.masked_fill(padding, float("nan"))
-        if output.shape == padding.shape
-        else None
+        lambda module, args, output: (
+            output.masked_fill(padding, float("nan")) if output.shape == padding.shape else None
+        )
     )
     with lf.record(model, LABELS) as recorder:
         recorder.set(label="en", mask=RIGHT.new_ones(3, 8) - padding[..., 0].long())

@@ -79,8 +79,9 @@ def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
         match statement:
             case ast.Expr(value=ast.Constant(value=str())):
                 continue
-            case ast.Assign(targets=[ast.Name(id=name)], value=value) | ast.AnnAssign(
-                target=ast.Name(id=name), value=ast.expr() as value
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
                 values[name] = _substitute(value, values)
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=value) if all(

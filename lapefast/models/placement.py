@@ -162,9 +162,7 @@ class Placement:
     def how(self) -> dict[str, str]:
         """Site -> who computes its activation: the kernel ("fused") or the module ("given")."""
         return {
-            ffn.site.name: "fused"
-            if dtype_of(ffn) in self.states[ffn.site.name].fused
-            else "given"
+            ffn.site.name: "fused" if dtype_of(ffn) in self.states[ffn.site.name].fused else "given"
             for ffn in self.ffns
         }
 

@@ -80,8 +80,10 @@ def profile(
         special_tokens=special_tokens,
         vocab_size=vocabulary_size(model),
     )
-    lengths = {corpus.label: row_length(model, corpus.row_length) if corpus.row_length else length
-               for corpus in opened}
+    lengths = {
+        corpus.label: row_length(model, corpus.row_length) if corpus.row_length else length
+        for corpus in opened
+    }
     for corpus in opened:
         if seq_len is not None and corpus.row_length is not None:
             lengths[corpus.label] = seq_len  # refused by the corpus where its rows differ

@@ -12,9 +12,7 @@ from lapefast.models.structure import FFN
 from lapefast.neurons import Edit
 
 
-def steer(
-    model: nn.Module, edit: Edit, exact: bool = True, backend: str | None = None
-) -> Steering:
+def steer(model: nn.Module, edit: Edit, exact: bool = True, backend: str | None = None) -> Steering:
     """Place ``edit`` in ``model``: its neurons' activations become ``scale * a + shift``.
 
     Args:

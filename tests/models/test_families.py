@@ -132,11 +132,20 @@ MIXTURES = {
     "GraniteMoeSharedForCausalLM": {"num_local_experts": 4, "shared_intermediate_size": 20},
     "JetMoeForCausalLM": {"num_local_experts": 4, "kv_channels": 8},
     "DeepseekV3ForCausalLM": {
-        "n_routed_experts": 8, "moe_intermediate_size": 20, "first_k_dense_replace": 1,
-        "n_group": 2, "topk_group": 1, "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
     },  # fmt: skip
     "SwitchTransformersForConditionalGeneration": {
-        "d_model": 32, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 4, "num_experts": 4,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 20,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_experts": 4,
     },  # fmt: skip
 }
 
@@ -151,5 +160,3 @@ def test_a_mixture_of_experts_is_refused_by_name(name):
         pytest.skip(f"{name} of this version takes other options: {error}")
     with pytest.raises(InputError, match="mixture of experts"):
         models.find_sites(model)
-
-

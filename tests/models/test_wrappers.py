@@ -50,9 +50,7 @@ def offloaded(name, how):
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     else:
         device_map = {"": "cpu"}
-        accelerate.dispatch_model(
-            model, device_map=device_map, main_device="cpu", force_hooks=True
-        )
+        accelerate.dispatch_model(model, device_map=device_map, main_device="cpu", force_hooks=True)
     return model
 
 
@@ -83,9 +81,7 @@ def adapted(name, targets, **options):
     model = by_name(name).build(torch.bfloat16)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = peft.LoraConfig(
-            r=2, target_modules=targets, init_lora_weights=False, **options
-        )
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
         return peft.get_peft_model(model, config).eval()
 
 
