@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -303,6 +304,7 @@ class _StackRows:
         # The first place is for -1, so that counting needs no selection.
         self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
         self._shape: torch.Size | None = None
+        self._lock = threading.Lock()
         self._module, self._placement = module, placement
         self.hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         leave(module, ROWS, self)
@@ -339,7 +341,12 @@ class _StackRows:
             )
         rows = shape[0] * shape[1]
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
-        self.tokens.index_add_(0, (index.long() + 1).expand(rows), one)
+        place = (index.long() + 1).expand(rows)
+        if torch.compiler.is_compiling():
+            self.tokens.index_add_(0, place, one)
+        else:
+            with self._lock:  # torch lets other threads run while it adds
+                self.tokens.index_add_(0, place, one)
 
 
 def _input_shape(args: tuple, kwargs: dict) -> torch.Size:
