@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,9 @@ def demo(
     except OSError as error:
         raise InputError(f"cannot write to {output}: {error.strerror}; give a directory") from error
     check_output(output / "profile.safetensors")
+    # Read when torch loads OpenMP. Threads that spin while they wait make work of small matrices
+    # several times slower wherever another program wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     import lapefast as lf

@@ -34,6 +34,7 @@ TOP_RATE = 0.05
 
 _VERSIONS = ("babel", "tokenizers", "torch", "transformers")
 _COMPLETE = "complete.json"
+_NAME = "lapefast-demo"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _read(entry: Path) -> Demo | None:
     directory = entry / "model"
     model = LlamaForCausalLM.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    # Files made with the model name it; they need not name this machine's directories.
+    model.config._name_or_path = tokenizer.name_or_path = _NAME
     return Demo(model, tokenizer, **paths, directory=directory)
 
 
