@@ -99,8 +99,8 @@ def _check_path(checkpoint: Checkpoint) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
-                f"{checkpoint.name} is not a model: the directory has no config.json; give one that "
-                "save_pretrained wrote"
+                f"{checkpoint.name} is not a model: the directory has no config.json; give one "
+                "that save_pretrained wrote"
             )
     elif path.exists():
         raise InputError(f"{checkpoint.name} is a file; give the directory that holds the model")
