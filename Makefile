@@ -16,6 +16,9 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
+# Threads that wait without spinning: tests share the machine with whatever else it runs.
+test test-long test-transformers4 test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
+
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not long"
 

@@ -8,4 +8,4 @@ $venv/bin/python -m pip install --quiet "$TORCH"
 LAPEFAST_BUILD_NATIVE=0 $venv/bin/python -m pip install --quiet "transformers==4.57.*" \
     --editable '.[test]'
 $venv/bin/python -m pytest -m "not long" tests/models tests/test_recording.py tests/steering \
-    tests/profiling/test_run.py
+    tests/profiling tests/evaluate tests/engines
