@@ -18,6 +18,10 @@ from lapefast.ops.activations import ACTIVATIONS
 __all__ = ["check_edit", "check_statistics", "check_writable", "collapsible"]
 
 _TWO = (2,)
+
+Size = tuple[int, int, int]
+"""Rows, width, and groups or edit sets (0 without any statistic)."""
+
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -33,15 +37,14 @@ def check_statistics(
     square_sums: Tensor | None,
     up_abs_sums: Tensor | None,
     flags: Tensor,
-) -> int:
-    """Check the arguments of `profile`, `profile_` or `observe`; the number of rows of `gate`.
+) -> Size:
+    """Check the arguments of `profile`, `profile_` or `observe`; rows, width and groups.
 
     Raises InputError. What the index tensors hold is checked by the backend.
     """
-    rows = _check_inputs(op, gate, up, activation, flags)
+    rows, width = _check_inputs(op, gate, up, activation, flags)
     if threshold != threshold:
         raise InputError(f"{op}: threshold must be a number, got {threshold}.")
-    width = gate.shape[-1]
     if groups is not None:
         _check_row_index(op, "groups", groups, rows, gate)
     labels = None
@@ -56,8 +59,10 @@ def check_statistics(
     if up_abs_sums is not None:
         if up is None:
             raise InputError(f"{op}: up_abs_sums needs up, which is None; leave up_abs_sums out.")
-        _check_statistic(op, "up_abs_sums", up_abs_sums, torch.float64, labels, width, gate)
-    return rows
+        labels = _check_statistic(
+            op, "up_abs_sums", up_abs_sums, torch.float64, labels, width, gate
+        )
+    return rows, width, labels or 0
 
 
 def check_edit(
@@ -70,9 +75,9 @@ def check_edit(
     scale: Tensor,
     shift: Tensor,
     flags: Tensor,
-) -> int:
-    """Check the arguments of `edit`; the number of rows of `gate`. Raises InputError."""
-    rows = _check_inputs("edit", gate, up, activation, flags)
+) -> Size:
+    """Check the arguments of `edit`; rows, width and sets. Raises InputError."""
+    rows, width = _check_inputs("edit", gate, up, activation, flags)
     if sets is not None:
         _check_row_index("edit", "sets", sets, rows, gate)
     if (
@@ -97,7 +102,7 @@ def check_edit(
             or _elsewhere(table, gate)
         ):
             _refuse("edit", name, f"contiguous {dtype} [{capacity}] on {gate.device}", table)
-    return rows
+    return rows, width, offsets.shape[0] - 1
 
 
 def check_writable(gate: Tensor) -> None:
@@ -134,7 +139,9 @@ def collapsible(tensor: Tensor) -> int | None:
     return row_stride
 
 
-def _check_inputs(op: str, gate: Tensor, up: Tensor | None, activation: str, flags: Tensor) -> int:
+def _check_inputs(
+    op: str, gate: Tensor, up: Tensor | None, activation: str, flags: Tensor
+) -> tuple[int, int]:
     shape, dtype = gate.shape, gate.dtype
     if dtype not in _FLOATS or not shape:
         _refuse(op, "gate", "float32, float16 or bfloat16 [..., width]", gate)
@@ -151,7 +158,7 @@ def _check_inputs(op: str, gate: Tensor, up: Tensor | None, activation: str, fla
         or _elsewhere(flags, gate)
     ):
         _refuse(op, "flags", f"contiguous int64 [2] on {gate.device}", flags)
-    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+    return (shape[0] if len(shape) == 2 else math.prod(shape[:-1])), shape[-1]
 
 
 def _check_row_index(op: str, name: str, index: Tensor, rows: int, gate: Tensor) -> None:

@@ -73,12 +73,12 @@ def compute_profile(
     backend: str = "auto",
 ) -> Tensor:
     """The product as the model computes it, contiguous; in the same pass the statistics."""
-    rows = check_statistics(
+    size = check_statistics(
         "profile", gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip
     return backend_for(backend, "cpu" if gate.is_cpu else gate.device.type).profile(
-        rows, gate, up, activation, threshold,
+        size, gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip
 
@@ -98,13 +98,13 @@ def compute_profile_(
     backend: str = "auto",
 ) -> None:
     """`profile` with the product written over `gate`."""
-    rows = check_statistics(
+    size = check_statistics(
         "profile_", gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip
     check_writable(gate)
     backend_for(backend, "cpu" if gate.is_cpu else gate.device.type).profile_(
-        rows, gate, up, activation, threshold,
+        size, gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip
 
@@ -123,8 +123,8 @@ def compute_observe(
 ) -> None:
     """The statistics alone; `square_sums` are of the activation, as there is no product."""
     statistics = (threshold, groups, counts, sums, square_sums, None, flags)
-    rows = check_statistics("observe", gate, None, activation, *statistics)
-    backend_for(backend, gate.device.type).observe(rows, gate, activation, *statistics)
+    size = check_statistics("observe", gate, None, activation, *statistics)
+    backend_for(backend, gate.device.type).observe(size, gate, activation, *statistics)
 
 
 def compute_edit(
@@ -145,8 +145,8 @@ def compute_edit(
     In float32 from the rounded activation: multiply, add, round once. A scale of 0 overwrites.
     """
     edits = (sets, offsets, neurons, scale, shift, flags)
-    rows = check_edit(gate, up, activation, *edits)
-    return backend_for(backend, gate.device.type).edit(rows, gate, up, activation, *edits)
+    size = check_edit(gate, up, activation, *edits)
+    return backend_for(backend, gate.device.type).edit(size, gate, up, activation, *edits)
 
 
 @torch.library.register_fake("lapefast::profile", lib=LIBRARY)

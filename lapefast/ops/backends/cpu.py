@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lapefast.ops.checks import collapsible
+from lapefast.ops.checks import Size, collapsible
 
 __all__ = ["edit", "library_findings", "observe", "profile", "profile_", "why_not"]
 
@@ -59,7 +59,7 @@ def library_findings() -> dict[str, str]:
 
 
 def profile(
-    rows: int,
+    size: Size,
     gate: Tensor,
     up: Tensor | None,
     activation: str,
@@ -74,27 +74,22 @@ def profile(
     writes: str = "product",
 ) -> Tensor | None:
     """See `declarations.compute_profile`; `writes` says where to: "product", "gate", "nothing"."""
-    width = gate.shape[-1]
+    rows, width, group_count = size
     groups_address = groups_size = up_address = up_stride = 0
     if groups is not None:
         groups_address, groups_size = groups.data_ptr(), groups.numel()
-    group_count = counts_address = sums_address = square_sums_address = up_abs_sums_address = 0
-    if counts is not None:
-        group_count, counts_address = counts.shape[0], counts.data_ptr()
-    if sums is not None:
-        group_count, sums_address = sums.shape[0], sums.data_ptr()
-    if square_sums is not None:
-        group_count, square_sums_address = square_sums.shape[0], square_sums.data_ptr()
-    if up_abs_sums is not None:
-        group_count, up_abs_sums_address = up_abs_sums.shape[0], up_abs_sums.data_ptr()
+    counts_address = 0 if counts is None else counts.data_ptr()
+    sums_address = 0 if sums is None else sums.data_ptr()
+    square_sums_address = 0 if square_sums is None else square_sums.data_ptr()
+    up_abs_sums_address = 0 if up_abs_sums is None else up_abs_sums.data_ptr()
     if up is not None:
-        up, up_stride = _rows(up)
+        up, up_stride = _rows(up, width)
         up_address = up.data_ptr()
     product, product_address, product_stride = None, 0, 0
     if writes == "product":
         product = _empty(gate)
         product_address, product_stride = product.data_ptr(), width
-    gate, gate_stride = _rows(gate)
+    gate, gate_stride = _rows(gate, width)
     gate_address = gate.data_ptr()
     if writes == "gate":
         product_address, product_stride = gate_address, gate_stride
@@ -108,18 +103,18 @@ def profile(
     return product
 
 
-def profile_(rows: int, gate: Tensor, up: Tensor | None, activation: str, *statistics) -> None:
+def profile_(size: Size, gate: Tensor, up: Tensor | None, activation: str, *statistics) -> None:
     """See `declarations.compute_profile_`."""
-    profile(rows, gate, up, activation, *statistics, writes="gate")
+    profile(size, gate, up, activation, *statistics, writes="gate")
 
 
-def observe(rows: int, gate: Tensor, activation: str, *statistics) -> None:
+def observe(size: Size, gate: Tensor, activation: str, *statistics) -> None:
     """See `declarations.compute_observe`."""
-    profile(rows, gate, None, activation, *statistics, writes="nothing")
+    profile(size, gate, None, activation, *statistics, writes="nothing")
 
 
 def edit(
-    rows: int,
+    size: Size,
     gate: Tensor,
     up: Tensor | None,
     activation: str,
@@ -131,18 +126,18 @@ def edit(
     flags: Tensor,
 ) -> Tensor:
     """See `declarations.compute_edit`."""
+    rows, width, sets_count = size
     product = _empty(gate)
-    width = gate.shape[-1]
-    gate, gate_stride = _rows(gate)
+    gate, gate_stride = _rows(gate, width)
     up_address, up_stride = 0, 0
     if up is not None:
-        up, up_stride = _rows(up)
+        up, up_stride = _rows(up, width)
         up_address = up.data_ptr()
     sets_address, sets_size = (0, 0) if sets is None else (sets.data_ptr(), sets.numel())
     _native.edit(
         _DTYPES[gate.dtype], _ACTIVATIONS[activation], rows, width,
         gate.data_ptr(), gate_stride, up_address, up_stride, product.data_ptr(), width,
-        sets_address, sets_size, offsets.shape[0] - 1, offsets.data_ptr(),
+        sets_address, sets_size, sets_count, offsets.data_ptr(),
         neurons.shape[0], neurons.data_ptr(), scale.data_ptr(), shift.data_ptr(),
         1 if rows * width < _ONE_THREAD_BELOW else torch.get_num_threads(),
     )  # fmt: skip
@@ -154,12 +149,9 @@ def _empty(gate: Tensor) -> Tensor:
     return torch.empty_like(gate) if gate.is_contiguous() else gate.new_empty(gate.shape)
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+def _rows(tensor: Tensor, width: int) -> tuple[Tensor, int]:
     """The tensor, or a copy of it where its rows have no single stride, and that row stride."""
     if tensor.is_contiguous():
-        return tensor, tensor.shape[-1]
+        return tensor, width
     stride = collapsible(tensor)
-    if stride is None:
-        tensor = tensor.contiguous()
-        stride = tensor.shape[-1]
-    return tensor, stride
+    return (tensor.contiguous(), width) if stride is None else (tensor, stride)

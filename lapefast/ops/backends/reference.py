@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lapefast.errors import InputError
 from lapefast.ops.activations import activate
+from lapefast.ops.checks import Size
 
 __all__ = [
     "edit",
@@ -62,7 +63,7 @@ def edited_product(
 
 
 def profile(
-    rows: int,
+    size: Size,
     gate: Tensor,
     up: Tensor | None,
     activation: str,
@@ -82,13 +83,13 @@ def profile(
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device).copy_(made)
 
 
-def profile_(rows: int, gate: Tensor, *arguments) -> None:
+def profile_(size: Size, gate: Tensor, *arguments) -> None:
     """See `declarations.compute_profile_`."""
-    gate.copy_(profile(rows, gate, *arguments))
+    gate.copy_(profile(size, gate, *arguments))
 
 
 def observe(
-    rows: int,
+    size: Size,
     gate: Tensor,
     activation: str,
     threshold: float,
@@ -105,7 +106,7 @@ def observe(
 
 
 def edit(
-    rows: int,
+    size: Size,
     gate: Tensor,
     up: Tensor | None,
     activation: str,
@@ -119,7 +120,7 @@ def edit(
     """See `declarations.compute_edit`."""
     number = offsets.numel() - 1
     index = gate.new_zeros(1, dtype=torch.int32) if sets is None else sets
-    if rows:
+    if size[0]:
         _check_range("edit", "sets", "set", index, number, flags)
     _check_tables(gate.shape[-1], index, offsets, neurons, flags)
     made = edited_product(gate, up, activation, sets, offsets, neurons, scale, shift)
