@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from torch import nn
 
 _PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+_WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module"))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -72,9 +73,13 @@ def _reader(bare: nn.Module) -> nn.Module:
 
 
 def named_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, with its path freed of wrapper prefixes, in definition order."""
+    """Every module once, with its path freed of wrapper prefixes, in definition order.
+
+    Wrappers are left out: they pass for what they wrap, as they have its attributes too.
+    """
     for path, module in bare.named_modules():
-        yield clean_path(path), module
+        if _WRAPPED.isdisjoint(module._modules):
+            yield clean_path(path), module
 
 
 def clean_path(path: str) -> str:

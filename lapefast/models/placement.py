@@ -181,6 +181,12 @@ class Placement:
         foreign = _own_forward(ffn.activation)
         if ffn.forward and not _own_forward(ffn.owner):
             target, forward = ffn.owner, gated_forward
+        elif sum(other.activation is ffn.activation for other in self.ffns) > 1:
+            raise InputError(
+                f"{ffn.site.name} shares its activation module with another FFN and computes by a "
+                "forward that is not its class's, so its neurons can't be told apart; give it an "
+                "activation of its own"
+            )
         else:
             ffn = replace(ffn, forward=None)
             target, forward = ffn.activation, activation_forward
@@ -238,7 +244,9 @@ def device_of(ffn: FFN) -> torch.device:
     device = getattr(hook, "execution_device", None)
     if device is not None:
         return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    return next(ffn.last.parameters()).device
+    # Quantised linears may hold neither parameters nor buffers.
+    held = (*ffn.last.parameters(), *ffn.owner.parameters(), *ffn.owner.buffers())
+    return held[0].device if held else torch.device("cpu")
 
 
 def dtype_of(ffn: FFN) -> torch.dtype:

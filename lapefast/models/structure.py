@@ -101,15 +101,16 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             "modules with linear layers and an activation module between them (docs/"
             "adding-a-model.md says how to add one)"
         )
-    owners: dict[nn.Module, str] = {}
+    owners: dict[nn.Module, FFN] = {}
     for ffn in found:
-        if ffn.activation in owners:
+        other = owners.setdefault(ffn.activation, ffn)
+        # A replaced forward knows which FFN it is of; a shared activation module does not.
+        if other is not ffn and not (other.forward and ffn.forward):
             raise InputError(
-                f"the FFNs {owners[ffn.activation]} and {ffn.site.name} of {type(model).__name__} "
+                f"the FFNs {other.site.name} and {ffn.site.name} of {type(model).__name__} "
                 "share one activation module, so their neurons can't be told apart; give each its "
                 "own"
             )
-        owners[ffn.activation] = ffn.site.name
     return found
 
 

@@ -286,6 +286,30 @@ def test_somebody_elses_forward_on_an_ffn_is_kept_and_its_activation_counted(lla
     plain.assert_untouched(before, llama)
 
 
+@torch.no_grad()
+def test_replaced_ffns_may_share_one_activation_module(llama):
+    first, second = (layer.mlp for layer in llama.model.layers)
+    counts = plain_counts("llama", llama)
+    second.act_fn = first.act_fn
+    expected = llama(IDS)
+    with lf.record(llama, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(llama(IDS), expected)
+    assert_counts(recorded(recorder), counts)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_activation_that_is_shared_is_not_handled_where_it_stands(llama, position):
+    ffns = [layer.mlp for layer in llama.model.layers]
+    ffns[1].act_fn = ffns[0].act_fn
+    owner = ffns[position]
+    owner.forward = types.MethodType(lambda self, x: type(self).forward(self, x), owner)
+    before = plain.attributes(llama)
+    with pytest.raises(InputError, match=f"layers.{position}.mlp shares its activation module"):
+        lf.record(llama, ["a"])
+    plain.assert_untouched(before, llama)
+
+
 def test_an_ffn_that_runs_without_its_activation_is_refused_by_name(llama):
     ffn = llama.model.layers[1].mlp
     ffn.forward = types.MethodType(lambda self, x: x, ffn)

@@ -148,6 +148,22 @@ def test_an_adapter_that_is_being_trained_has_the_gradients_it_has_without_a_rec
         assert all(map(torch.equal, gradients(), expected))
 
 
+# quantisation
+
+
+@torch.no_grad()
+def test_linears_that_hold_no_parameters_are_recorded():
+    model = torch.ao.quantization.quantize_dynamic(
+        by_name("llama").build(), {torch.nn.Linear}, dtype=torch.qint8
+    )
+    assert not list(model.model.layers[0].mlp.parameters())
+    counts = plain_counts("llama", model)
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS)
+    assert_counts(recorder.profile(), counts)
+
+
 # torch.compile
 
 
@@ -205,6 +221,28 @@ def test_a_compiled_model_counts_the_same_and_compiles_once(name, form):
         assert torch.equal(profile.counts[site].sum(0, keepdim=True), counted), site
     compiled(IDS, use_cache=False)
     assert recorder.profile().tokens.tolist() == [2 * IDS.numel(), IDS.numel()]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("llama", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("llama", ["model.layers.1"]),
+        ("opt", ["model.decoder.layers.0", "model.decoder.layers.1"]),
+    ],
+)
+@torch.no_grad()
+def test_a_model_with_compiled_parts_has_the_plain_models_sites_and_counts(name, parts):
+    model = by_name(name).build(torch.bfloat16)
+    counts, sites = plain_counts(name, model), models.find_sites(model)
+    for part in parts:
+        model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
+    assert models.find_sites(model) == sites
+    assert models.fingerprint(model) == models.fingerprint(shared(name, torch.bfloat16))
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS, use_cache=False)
+    assert_counts(recorder.profile(), counts)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
