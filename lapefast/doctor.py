@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ __all__ = ["Diagnosis", "diagnose"]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`versions` and `native`: name -> finding. `serves`: device type -> backend.
+    """`versions` and `native`: name -> finding. `serves`: device type -> backend or "none".
 
     `why_not`: (backend, device type) -> one sentence, for every backend that cannot serve a device.
     """
@@ -35,7 +36,10 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the versions, the native library and the devices; touches no GPU."""
+    """Look at the versions, the native library and the devices; touches no GPU.
+
+    Raises InputError if `LAPEFAST_BACKEND` names no backend.
+    """
     import torch
     import transformers
 
@@ -45,7 +49,8 @@ def diagnose() -> Diagnosis:
     devices = ["cpu"]
     if torch.backends.cuda.is_built():
         devices.append("cuda")
-    serves = {device: _name(backends.backend_for("auto", device)) for device in devices}
+    asked = os.environ.get("LAPEFAST_BACKEND") or "auto"
+    serves = {device: _serving(asked, device) for device in devices}
     why_not = {
         (name, device): reason
         for device in devices
@@ -59,8 +64,13 @@ def diagnose() -> Diagnosis:
         "transformers": transformers.__version__,
         "processor": platform.machine(),
     }
+    if asked != "auto":
+        versions["LAPEFAST_BACKEND"] = asked
     return Diagnosis(versions, cpu.library_findings(), serves, why_not)
 
 
-def _name(backend: object) -> str:
+def _serving(asked: str, device: str) -> str:
+    if asked in backends.BACKENDS and backends.why_not(asked, device) is not None:
+        return "none"
+    backend = backends.backend_for(asked, device)
     return next(name for name, module in backends.BACKENDS.items() if module is backend)

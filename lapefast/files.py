@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -76,7 +77,10 @@ def read_torch(path: str | os.PathLike[str], what: str) -> Any:
     """
     existing_file(path, what)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of pickles that torch did not write; what they hold is checked here.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if _is_plain(content):
             return content
         cause = None

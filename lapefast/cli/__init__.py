@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ __all__ = ["app", "main"]
 _UNEXPECTED = 1
 _BAD_INPUT = 2
 _INTERRUPTED = 130
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 app = typer.Typer(
     name="lapefast",
@@ -79,7 +81,16 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 2 for bad input, 130 if interrupted."""
-    logging.basicConfig(format="%(message)s", level=os.environ.get("LAPEFAST_LOG", "WARNING"))
+    level = os.environ.get("LAPEFAST_LOG") or "WARNING"
+    if level.upper() not in _LEVELS:
+        typer.echo(
+            f"error: LAPEFAST_LOG must be one of {', '.join(_LEVELS)}, got {level!r}", err=True
+        )
+        sys.exit(_BAD_INPUT)
+    logging.basicConfig(format="%(message)s", level=level.upper())
+    # A label that the terminal cannot write is escaped, as it is on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except KeyboardInterrupt:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lapefast.errors import InputError
+
 __all__ = ["info"]
 
 
@@ -41,7 +43,13 @@ def _read(path: Path) -> Any:
     if start.lstrip().startswith(b"{"):
         return PerplexityMatrix.load(path) if _is_matrix(path) else NeuronSets.load(path)
     # Safetensors begin with the length of a JSON header; a published file is a zip or a pickle.
-    return Profile.load(path) if start[8:9] == b"{" else NeuronSets.load(path)
+    if start[8:9] == b"{":
+        return Profile.load(path)
+    if start.startswith((b"PK", b"\x80")):
+        return NeuronSets.load(path)
+    raise InputError(
+        f"{path} is {'not' if start else 'empty, and so not'} a profile, neuron or matrix file"
+    )
 
 
 def _is_matrix(path: Path) -> bool:

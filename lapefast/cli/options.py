@@ -29,8 +29,8 @@ Corpora = Annotated[
     typer.Option(
         "--corpus",
         metavar="LABEL=SOURCE",
-        help="Text of a label: a file, a directory, a quoted glob, or a data set as "
-        "name:config:split. Once per label.",
+        help="Text of a label: a file, a directory, a quoted glob, or a data set "
+        "(name:config:split). Once per label.",
         show_default=False,
         rich_help_panel=_TEXT_PANEL,
     ),
@@ -38,7 +38,8 @@ Corpora = Annotated[
 Document = Annotated[
     Literal["line", "file", "blank-line"],
     typer.Option(
-        help="What one document of a text file is.",
+        metavar="UNIT",
+        help="What one document of a text file is: line, file or blank-line.",
         rich_help_panel=_TEXT_PANEL,
     ),
 ]
@@ -49,8 +50,9 @@ Field = Annotated[
 SpecialTokens = Annotated[
     bool,
     typer.Option(
-        "--special-tokens/--no-special-tokens",
-        help="Whether the tokenizer adds its special tokens to each document.",
+        " /--no-special-tokens",
+        help="The tokenizer adds its special tokens to no document.",
+        show_default=False,
         rich_help_panel=_TEXT_PANEL,
     ),
 ]
@@ -166,6 +168,8 @@ def load(
 
 def check_output(path: Path) -> None:
     """Refuse, before any work is done, a file that could not be written after it."""
+    if str(path) == "-":
+        raise InputError("cannot write to standard output; give a file's name")
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a directory; give a file's name")
     directory = path.parent

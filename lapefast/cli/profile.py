@@ -31,7 +31,8 @@ def profile(
         typer.Option("--exact/--no-exact", help="Fuse only activations proven equal bit for bit."),
     ] = True,
     backend: Annotated[
-        str | None, typer.Option(help="Who computes the ops; by default the best there is.")
+        str | None,
+        typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,

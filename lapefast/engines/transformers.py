@@ -140,6 +140,8 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
+    if torch.device(device).type == "meta":
+        raise InputError("the device 'meta' cannot be used: it holds no values")
     return {"to": device}
 
 

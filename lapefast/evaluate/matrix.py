@@ -6,6 +6,7 @@ Tang et al., ACL 2024, arXiv 2402.16438, section 4.2.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ from lapefast.corpus import open_corpora
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.files import existing_file, write_atomically
-from lapefast.models.bare import evaluating
-from lapefast.models.inputs import row_length, vocabulary_size
+from lapefast.models.bare import bare_model, evaluating
+from lapefast.models.inputs import input_device, row_length, vocabulary_size
 from lapefast.neurons import NeuronSet, NeuronSets, deactivate
 from lapefast.profiling.run import fitting_batch_size
+from lapefast.recording import record
 from lapefast.steering import steer
 
 __all__ = ["PerplexityMatrix", "perplexity_matrix"]
@@ -114,7 +116,10 @@ class PerplexityMatrix:
                 rows, columns, **values, tokens=content["tokens"], metadata=content["metadata"]
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"the matrix file {path} is damaged: {error}") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise InputError(
+                f"the matrix file {path} is damaged: {reason}; make it again"
+            ) from error
 
 
 def perplexity_matrix(
@@ -148,8 +153,8 @@ def perplexity_matrix(
         corpus_options: `document`, `field`, `special_tokens`.
 
     Raises:
-        InputError: the model predicts no next token, the neurons do not fit it, or a corpus cannot
-            be read.
+        InputError: the model predicts no next token, the neurons do not fit it, a corpus cannot
+            be read, or a likelihood is not finite.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -218,13 +223,30 @@ def _measure(
     """Mean negative log-likelihood per text, float64 [texts], with the neurons deactivated."""
     means = []
     with steer(model, deactivate(neurons)) if neurons.total else nullcontext():
-        for rows in texts.values():
+        for label, rows in texts.items():
             total = 0.0
             for batch in rows.split(batch_size):
                 total += likelihood(batch)
+                if not math.isfinite(total):
+                    raise _not_finite(model, label, batch)
                 bar.update(len(batch))
             means.append(total / rows[:, 1:].numel())
     return torch.tensor(means, dtype=torch.float64)
+
+
+def _not_finite(model: nn.Module, label: str, batch: Tensor) -> InputError:
+    """The error of a likelihood that is NaN or infinite; it names the site, if one is to blame."""
+    try:
+        with torch.no_grad(), record(model, [label]) as recorder:
+            recorder.set(label=label)
+            bare_model(model)(batch.to(input_device(model)))
+            recorder.profile()
+    except InputError as error:
+        return error
+    return InputError(
+        f"the likelihood of the text of label {label!r} is not finite (NaN or infinite); check the "
+        "model's weights or use a wider dtype"
+    )
 
 
 def _random_like(neurons: NeuronSet, generator: torch.Generator) -> NeuronSet:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lapefast.errors import InputError
+from lapefast.files import existing_file
 from lapefast.models.sites import Site
 from lapefast.profiles import published, storage
 
@@ -158,6 +159,7 @@ class Profile:
             InputError: the file is missing, cut short, damaged, no profile, or of another format
                 version.
         """
+        existing_file(path, "profile")
         try:
             return cls(*storage.read(path))
         except InputError as error:
@@ -301,6 +303,16 @@ class Profile:
         for key in _SHARED[1:]:
             mine, theirs = self.metadata.get(key), other.metadata.get(key)
             if None not in (mine, theirs) and mine != theirs:
+                if key == "fingerprint":
+                    models = " and ".join(
+                        f"{one.metadata.get('model') or 'one without a name'} "
+                        f"(fingerprint {one.metadata[key][:12]})"
+                        for one in (self, other)
+                    )
+                    raise InputError(
+                        f"profiles of models that differ cannot be added: {models}; "
+                        "profile both texts with one model"
+                    )
                 raise InputError(
                     f"profiles with {key} {mine} and {theirs} cannot be added; "
                     "profile both texts with one model and one setting"

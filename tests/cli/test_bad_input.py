@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
+import torch
+import transformers
 
 import lapefast as lf
 
@@ -17,7 +24,7 @@ def refused(result, *said: str) -> None:
     assert result.code == 2
     *bars, message = result.err.splitlines()
     assert message.startswith("error: ")
-    assert all("%|" in bar or not bar for bar in bars)
+    assert all("%|" in bar or "tok/s]" in bar or not bar for bar in bars)
     for words in said:
         assert words in message
 
@@ -59,6 +66,7 @@ def test_a_label_given_twice(lapefast, made, tmp_path):
         (["--seq-len", 4096], "limit"),
         (["--statistics", "counts,means"], "means"),
         (["--device", "nowhere"], "nowhere"),
+        (["--device", "meta"], "meta"),
         (["--device", "cpu", "--device-map", "auto"], "not both"),
     ],
 )
@@ -93,7 +101,7 @@ def test_a_model_that_is_none(lapefast, made, tmp_path, kind):
     refused(result, "model")
 
 
-@pytest.mark.parametrize("target", ["nowhere/p.safetensors", "."])
+@pytest.mark.parametrize("target", ["nowhere/p.safetensors", ".", "-"])
 def test_an_output_that_cannot_be_written_is_refused_before_work(
     lapefast, made, tmp_path, monkeypatch, target
 ):
@@ -116,11 +124,169 @@ def test_one_label_only(lapefast, made, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.safetensors"]
 
 
-def test_a_file_that_is_nothing_of_lapefasts(lapefast, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"not a profile", "not a profile, neuron or matrix file"),
+        (b'{"nll": []}', "not one of lapefast's"),
+        (b'{"some": "json"}', "not a neuron file"),
+        (b"PK\x03\x04 and no more", "torch-saved"),
+        (b"12345678{ and no more", "not a profile"),
+    ],
+)
+def test_a_file_that_is_nothing_of_lapefasts(lapefast, tmp_path, content, said):
     path = tmp_path / "notes.txt"
-    path.write_text("not a profile")
-    refused(lapefast("info", path), "notes.txt")
-    refused(lapefast("info", tmp_path / "missing"), "missing")
+    path.write_bytes(content)
+    refused(lapefast("info", path), "notes.txt", said)
+
+
+def test_a_file_that_is_missing(lapefast, tmp_path):
+    for command in (["info"], ["identify", "-o", tmp_path / "n.json"]):
+        result = lapefast(*command, tmp_path / "absent")
+        refused(result, "absent: no such file")
+        assert result.err.count("absent") == 1
+
+
+class RunsCode:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pth_file_that_would_run_code(lapefast, made, tmp_path, zipped):
+    path = tmp_path / "x.neuron.pth"
+    torch.save(RunsCode(tmp_path / "made"), path, _use_new_zipfile_serialization=zipped)
+    refused(lapefast("info", path), "tensors, lists, dicts and numbers alone")
+    corpus = f"en={made.valid['en']}"
+    output = ["-o", tmp_path / "m.json"]
+    result = lapefast("evaluate", made.directory, "--neurons", path, "--corpus", corpus, *output)
+    refused(result, "tensors, lists, dicts and numbers alone")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.neuron.pth"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "index", "said"),
+    [(3, 0, "lie in 3 sites, but the model has 2"), (2, 64, "below its width 64, got 64")],
+)
+def test_neurons_that_do_not_fit_the_model(lapefast, made, tmp_path, layers, index, said):
+    path, output = tmp_path / "x.neuron.pth", tmp_path / "m.json"
+    torch.save([[torch.tensor([index])] * layers] * 2, path)
+    result = lapefast(
+        *("evaluate", made.directory, "--neurons", path, "--seq-len", 32, "-o", output),
+        *("--labels", "en,zh", "--corpus", f"en={made.valid['en']}"),
+    )
+    refused(result, said)
+    assert not output.exists()
+
+
+def test_token_ids_outside_the_vocabulary(lapefast, made, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(400))
+    output = tmp_path / "p.safetensors"
+    corpus = f"en={tmp_path / 'ids.npy'}"
+    result = lapefast("profile", made.directory, "--corpus", corpus, "--seq-len", 32, "-o", output)
+    refused(result, "token id 300 (token 300) is outside the vocabulary of 300")
+    assert not output.exists()
+
+
+def saved(made, model, directory):
+    """A model's directory, with a tokenizer."""
+    model.save_pretrained(directory)
+    made.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_a_model_without_ffns(lapefast, made, tmp_path):
+    config = transformers.MambaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    model = saved(made, transformers.MambaForCausalLM(config), tmp_path / "mamba")
+    output = tmp_path / "p.safetensors"
+    options = ["--corpus", f"en={made.train['en']}", "--seq-len", 32, "-o", output]
+    refused(lapefast("profile", model, *options), "MambaForCausalLM has no feed-forward block")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["profile", "evaluate"])
+def test_activations_that_are_not_finite_are_named_by_site(lapefast, made, tmp_path, command):
+    model = transformers.LlamaForCausalLM.from_pretrained(made.directory)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[5] = float("nan")
+    path, output = tmp_path / "x.neuron.pth", tmp_path / "output"
+    torch.save([[torch.tensor([0])] * 2] * 2, path)
+    neurons = ["--neurons", path, "--labels", "en,zh"] if command == "evaluate" else []
+    result = lapefast(
+        *(command, saved(made, model, tmp_path / "model"), *neurons, "-o", output),
+        *("--corpus", f"en={made.valid['en']}", "--seq-len", 32, "--max-tokens", 256),
+    )
+    refused(result, "layers.1.mlp: ", "not finite")
+    assert not output.exists()
+
+
+def test_profiles_that_cannot_be_merged(lapefast, made, tmp_path):
+    config = transformers.LlamaConfig(
+        **{**made.model.config.to_dict(), "num_hidden_layers": 1, "architectures": None}
+    )
+    other = saved(made, transformers.LlamaForCausalLM(config), tmp_path / "other")
+    text = ["--seq-len", 32, "--max-tokens", 256, "--threads", 1]
+    for model, label in ((made.directory, "en"), (other, "zh")):
+        corpus = f"{label}={made.train[label]}"
+        result = lapefast("profile", model, "--corpus", corpus, *text, "-o", tmp_path / label)
+        assert result.code == 0
+    with safetensors.safe_open(tmp_path / "en", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = {**file.metadata(), "version": "2"}
+    safetensors.torch.save_file(tensors, tmp_path / "later", metadata)
+    (tmp_path / "cut").write_bytes((tmp_path / "zh").read_bytes()[:-1])
+    for part, said in [
+        ("zh", "models that differ"),
+        ("en", "counted twice for label 'en'"),
+        ("later", "format version 2"),
+        ("cut", "cut short"),
+    ]:
+        result = lapefast("merge", tmp_path / "en", tmp_path / part, "-o", tmp_path / "merged")
+        refused(result, said)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_disk(lapefast, made, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = lapefast(
+        *("profile", made.directory, "--corpus", f"en={made.train['en']}"),
+        *("--seq-len", 32, "--max-tokens", 256, "-o", tmp_path / "p.safetensors"),
+    )
+    refused(result, "no space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_level_of_messages_that_there_is_not(lapefast, monkeypatch):
+    monkeypatch.setenv("LAPEFAST_LOG", "loud")
+    refused(lapefast("doctor"), "LAPEFAST_LOG must be one of DEBUG, INFO, WARNING, ERROR")
+
+
+def test_a_backend_that_there_is_not(lapefast, monkeypatch):
+    monkeypatch.setenv("LAPEFAST_BACKEND", "abacus")
+    refused(lapefast("doctor"), "backend must be one of auto, cpu, reference, got 'abacus'")
+
+
+def test_a_label_that_the_terminal_cannot_write_is_escaped(lapefast, made, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    result = lapefast(
+        *("profile", made.directory, "--corpus", f"中文={made.train['zh']}"),
+        *("--seq-len", 32, "--max-tokens", 256, "-o", tmp_path / "p.safetensors"),
+    )
+    stream.flush()
+    assert result.code == 0
+    assert b"\\u4e2d\\u6587" in stream.buffer.getvalue()
 
 
 def test_a_demo_cannot_be_written_over_a_file(lapefast, tmp_path):

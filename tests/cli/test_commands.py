@@ -104,6 +104,12 @@ def test_help_shows_an_example(lapefast, command):
     assert f"Example: lapefast {command}" in " ".join(result.out.split())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_at_80_columns(lapefast, monkeypatch, command):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    assert "…" not in lapefast(command, "--help").out
+
+
 def test_help_lists_the_commands_that_there_are(lapefast):
     out = lapefast("--help").out
     assert all(command in out for command in COMMANDS)
@@ -129,3 +135,8 @@ def test_doctor_says_who_serves_the_cpu(lapefast):
     result = lapefast("doctor")
     assert result.code == 0
     assert "device cpu: served by backend" in result.out
+
+
+def test_doctor_heeds_the_backend_that_is_asked_for(lapefast, monkeypatch):
+    monkeypatch.setenv("LAPEFAST_BACKEND", "reference")
+    assert "device cpu: served by backend reference" in lapefast("doctor").out

@@ -203,7 +203,7 @@ def test_what_is_unknown_on_one_side_agrees_with_anything():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"fingerprint": "0" * 64}, "profiles with fingerprint"),
+        ({"fingerprint": "0" * 64}, "models that differ .*fingerprint ffffffffffff.*000000000000"),
         ({"dtype": "float32"}, "profiles with dtype bfloat16 and float32"),
         ({"edited": True}, "profiles with edited False and True"),
         ({"threshold": 0.1}, "profiles with threshold 0.0 and 0.1"),
