@@ -1,10 +1,12 @@
 // The thread pool: the OpenMP runtime that torch has loaded, found by name at the first use. Linking
 // one of our own would put two pools into one process.
 #include <dlfcn.h>
+#include <sched.h>
 
 #include <mutex>
 
 #include "lapefast/library.h"
+#include "turn.h"
 
 namespace lapefast {
 namespace {
@@ -67,5 +69,18 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
 
 void lock_statistics(const void* key) { stripe(key).lock(); }
 void unlock_statistics(const void* key) { stripe(key).unlock(); }
+
+void wait_for_turn(Turn* turn, std::int64_t tile, std::int64_t chunk) {
+  const std::atomic<std::int64_t>& current = turn->chunk_of[static_cast<std::size_t>(tile)];
+  // Chunks take about equally long, so a turn comes soon; where threads outnumber processors, the
+  // one whose turn it is may need this one's.
+  for (int tries = 0; current.load(std::memory_order_acquire) != chunk; ++tries)
+    if (tries > 1000) sched_yield();
+}
+
+void end_turn(Turn* turn, std::int64_t tile, std::int64_t chunk) {
+  wait_for_turn(turn, tile, chunk);
+  turn->chunk_of[static_cast<std::size_t>(tile)].store(chunk + 1, std::memory_order_release);
+}
 
 }  // namespace lapefast

@@ -75,12 +75,33 @@ struct EditCall {
   const float* shift;           // [capacity]
 };
 
-// The kernels of one instruction set. `begin` and `end` bound the columns that the caller's thread
-// works on; different columns may be worked on at the same time.
+// Rows that are summed up in float32 before they are added to the statistics in float64, counted
+// from the first row of a call, so that sums are the same however the work is shared.
+constexpr int chunk_rows = 64;
+
+// Columns that are walked over a chunk of rows before the next, so that their counters and sums stay
+// in the first-level cache: 28 KB at most.
+constexpr int tile_width = 2048;
+
+// Says which chunk may add to the sums of a tile now: they are added in the order of the rows.
+struct Turn;
+void wait_for_turn(Turn* turn, std::int64_t tile, std::int64_t chunk);
+// Waits for the turn of `chunk` and passes it on.
+void end_turn(Turn* turn, std::int64_t tile, std::int64_t chunk);
+
+// What one thread does of a call: of all rows some columns, or of all columns every `chunk_step`-th
+// chunk of rows.
+struct Share {
+  std::int64_t begin, end;
+  std::int64_t first_chunk, chunk_step;
+  Turn* turn;  // null where one thread does all rows
+};
+
+// The kernels of one instruction set.
 struct Kernels {
   const char* name;
-  void (*profile)(const ProfileCall& call, std::int64_t begin, std::int64_t end);
-  void (*edit)(const EditCall& call, std::int64_t begin, std::int64_t end);
+  void (*profile)(const ProfileCall& call, const Share& share);
+  void (*edit)(const EditCall& call, const Share& share);
 };
 
 // Guards the additions to statistics, which several calls may share; `key` is any address of theirs.
