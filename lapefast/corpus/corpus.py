@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,8 @@ class Corpus:
             seq_len = self._seq_len(seq_len)
             if start < 0:
                 raise InputError(f"start must be a row, 0 or more, got {start}")
+            if max_tokens is not None and not isinstance(max_tokens, Integral):
+                raise InputError(f"max_tokens must be an integer, got {max_tokens!r}")
             max_rows = None if max_tokens is None else max_tokens // seq_len
             if max_rows is not None and max_rows < 1:
                 raise InputError(f"max_tokens={max_tokens} is less than one row of {seq_len}")

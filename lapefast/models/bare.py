@@ -12,12 +12,23 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lapefast.errors import InputError
+
 _PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module"))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model without torch.compile, data-parallel, FSDP and PEFT wrappers."""
+    """The model without torch.compile, data-parallel, FSDP and PEFT wrappers.
+
+    Raises:
+        InputError: where it is no module, such as a model's name.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}; load it first, with "
+            "AutoModelForCausalLM.from_pretrained for example"
+        )
     while True:
         kind = type(model).__name__
         if "_orig_mod" in model._modules:

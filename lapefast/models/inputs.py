@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,8 @@ def row_length(model: nn.Module, asked: int | None) -> int:
     limit = context_limit(model)
     if asked is None:
         return min(limit or 2048, 2048)
+    if not isinstance(asked, Integral):
+        raise InputError(f"seq_len must be an integer, got {asked!r}")
     if asked < 1:
         raise InputError(f"seq_len must be at least 1, got {asked}")
     if limit is not None and asked > limit:

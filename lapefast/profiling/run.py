@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import psutil
@@ -70,6 +71,8 @@ def profile(
     if resume is not None:
         raise InputError("resume must be None: resumable runs are not available in this version")
     length = row_length(model, seq_len)
+    if batch_size is not None and not isinstance(batch_size, Integral):
+        raise InputError(f"batch_size must be an integer, got {batch_size!r}")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     opened = open_corpora(

@@ -262,12 +262,13 @@ def test_rows_of_another_length_are_refused() -> None:
     ("options", "match"),
     [
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
+        ({"seq_len": 64, "max_tokens": 1e6}, "max_tokens must be an integer, got 1000000.0"),
         ({"seq_len": 64, "max_tokens": 63}, "max_tokens=63 is less than one row of 64"),
         ({"seq_len": 64, "max_tokens": -1}, "max_tokens=-1 is less"),
         ({"seq_len": 64, "start": -1}, "start must be a row, 0 or more, got -1"),
     ],
 )
-def test_bad_arguments_are_refused(options: dict[str, int], match: str, tokenizer: Any) -> None:
+def test_bad_arguments_are_refused(options: dict[str, float], match: str, tokenizer: Any) -> None:
     with refused(match):
         Corpus("en", ["a"], tokenizer).rows(**options)
 

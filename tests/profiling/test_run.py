@@ -284,6 +284,9 @@ def test_memory_of_a_pass_does_not_grow_with_the_corpus(llama):
         (CORPORA, {"seq_len": 0}, "seq_len must be at least 1"),
         (CORPORA, {"seq_len": 6}, "12"),
         (CORPORA, {"batch_size": 0}, "batch_size must be at least 1"),
+        (CORPORA, {"seq_len": 12.0}, "seq_len must be an integer, got 12.0"),
+        (CORPORA, {"batch_size": "2"}, "batch_size must be an integer, got '2'"),
+        (CORPORA, {"max_tokens": 1e6}, "max_tokens must be an integer, got 1000000.0"),
         (CORPORA, {"max_tokens": 3}, "max_tokens|row"),
         (CORPORA, {"resume": "somewhere"}, "resume must be None"),
         (CORPORA, {"statistics": ("means",)}, "statistics must be some of"),
@@ -303,6 +306,11 @@ def test_bad_input_is_one_sentence_and_the_model_is_kept(llama, corpora, options
         profiled(llama, corpora, **options)
     assert "\n" not in str(caught.value)
     plain.assert_untouched(before, llama)
+
+
+def test_the_name_of_a_model_is_no_model():
+    with pytest.raises(InputError, match="must be a torch.nn.Module, got str; load it first"):
+        profiled("gpt2")
 
 
 def test_a_model_whose_activations_are_not_finite_is_named_by_site():
