@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import matplotlib
 import numpy as np
@@ -18,9 +19,13 @@ from lapefast.report.fonts import drawable
 
 __all__ = ["draw_matrix", "draw_neurons"]
 
-_COLUMN = 3.35  # inches, a column of a two-column paper
+_COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
 _ROW = 0.23
-_NUMBERED = 12  # columns that leave room for numbers in their cells
+_LOWEST = 1.4  # what the names of the axes need
+_CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
+_BESIDE = 1.0  # inches, for the colour bar and the name of the axis
+_LONGEST = 16  # characters shown of a label
+_NUMBERED = 12  # columns whose cells show their numbers
 _STYLE = {
     "font.size": 7,
     "axes.labelsize": 7,
@@ -89,14 +94,21 @@ def _draw_cells(
     marked: set[tuple[int, int]] = frozenset(),
 ) -> list[Path]:
     families, (rows, columns) = drawable(rows, columns)
+    rows, columns = _shortened(rows), _shortened(columns)
+    numbered = len(columns) <= _NUMBERED
+    step = 1 if numbered else max(1, len(columns) // 8)
+    beside = _BESIDE + _inches(rows)
+    width = max(_COLUMN, beside + (_inches(texts) * len(columns) if numbered else _COLUMN / 2))
+    upright = _inches(columns) > step * (width - beside) / len(columns)
+    height = max(_LOWEST, 0.55 + _ROW * len(rows)) + (_inches(columns) if upright else 0)
     with matplotlib.rc_context({**_STYLE, "font.family": families}):
-        figure = Figure((_COLUMN, 0.55 + _ROW * len(rows)), layout="constrained")
+        figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
-        if len(columns) <= _NUMBERED:
+        if numbered:
             _write_numbers(axes, image, values, texts, marked)
-        step = 1 if len(columns) <= _NUMBERED else max(1, len(columns) // 8)
         axes.set_xticks(range(0, len(columns), step), columns[::step])
+        axes.tick_params("x", rotation=90 if upright else 0)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -105,6 +117,16 @@ def _draw_cells(
         bar = figure.colorbar(image, ax=axes, label=titles[2], fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
         return [_write(figure, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]
+
+
+def _inches(texts: Sequence[str]) -> float:
+    """How wide the longest is; a Chinese character is as wide as two others."""
+    widths = [sum(1 + (east_asian_width(one) in "WF") for one in text) for text in texts]
+    return _CHARACTER * max(widths, default=0)
 
 
 def _write_numbers(

@@ -57,6 +57,15 @@ def test_labels_in_any_script_are_drawn_without_complaint(tmp_path, label, recwa
     assert not [one for one in recwarn if "Glyph" in str(one.message)]
 
 
+@pytest.mark.parametrize("count", [1, 7, 12, 30])
+def test_long_labels_are_shortened_and_leave_room_for_the_cells(tmp_path, count, recwarn):
+    labels = [f"{index:02} a label that says rather much of itself" for index in range(count)]
+    _, svg = draw_matrix(matrix(labels), tmp_path / "matrix")
+    draw_neurons(neurons(labels, 32), tmp_path / "neurons")
+    assert "00 a label that…" in svg.read_text("utf-8")
+    assert not [one for one in recwarn if "layout" in str(one.message)]
+
+
 def test_what_no_font_draws_is_escaped():
     families, (names,) = drawable(["en", "\U000e0fff"])
     assert families[0] == "DejaVu Sans"
