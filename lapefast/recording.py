@@ -17,7 +17,7 @@ from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import RowIndex, SiteState, SiteStatistics, in_backward
-from lapefast.models.placement import Placement, chosen_backend, device_of
+from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import ROWS, clear, leave
@@ -224,6 +224,11 @@ class Recorder:
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
+        if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{site.name} computes in {dtype_of(ffn)}; lapefast takes float32, float16 and "
+                "bfloat16 models, so load it in one of these"
+            )
         if state.form is None:
             refused = {"up_abs_sums"} | ({"square_sums"} if ffn.gated else set())
             for name in self._names:

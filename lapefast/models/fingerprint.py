@@ -15,9 +15,11 @@ _WEIGHTS = 1024
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over each site's name, width and activation and 1,024 weights of its last projection.
 
-    The weights are evenly spaced and rounded to bfloat16, so that loading a bfloat16 checkpoint in
-    float32 changes nothing; adapters on the projection count. Unlike a configuration's hash it
-    tells a base model from its instruct version and stays over library versions.
+    The weights are evenly spaced and rounded to bfloat16, and those below 2^-16 count as 0, so that
+    loading a bfloat16 checkpoint in float32 or float16 changes nothing (a float32 checkpoint that
+    is narrowed to float16 is another model); adapters on the projection count. Unlike a
+    configuration's hash it tells a base model from its instruct version and stays over library
+    versions.
     """
     digest = hashlib.sha256()
     for ffn in find_ffns(model):
@@ -34,7 +36,10 @@ def _sample(weight: Tensor) -> bytes:
     step = max(flat.numel() // _WEIGHTS, 1)
     chosen = flat[::step][:_WEIGHTS].cpu()
     if chosen.is_floating_point():
-        return chosen.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+        rounded = chosen.to(torch.bfloat16)
+        # float16 holds every bfloat16 from here on, but not the smaller ones.
+        rounded = torch.where(rounded.abs() < 2**-16, 0, rounded)
+        return rounded.view(torch.int16).numpy().tobytes()
     return chosen.numpy().tobytes()
 
 

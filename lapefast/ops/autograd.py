@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lapefast.errors import InputError
 from lapefast.ops import declarations
@@ -69,6 +70,15 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, *gradients, None, *(None for _ in kept)
 
 
+def _refuse_tangents(op: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> None:
+    for argument in arguments:
+        if torch.is_tensor(argument) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise InputError(
+                f"{op._schema.name}: an input carries a forward-mode tangent, which would be lost; "
+                "use reverse mode."
+            )
+
+
 def _autograd_kernel(
     op: torch._ops.OpOverload, compute: Callable[..., Any], recompute: Callable[..., Tensor] | None
 ) -> Callable[..., Any]:
@@ -79,6 +89,8 @@ def _autograd_kernel(
             return op.redispatch(keyset & _BELOW_AUTOGRAD, *arguments, **options)
 
     def kernel(keyset, *arguments, **options):
+        if forward_ad._current_level >= 0 and op is not declarations.observe:
+            _refuse_tangents(op, arguments)
         if recompute is not None and torch.is_grad_enabled():
             gate, up = arguments[0], arguments[1]
             if gate.requires_grad or (up is not None and up.requires_grad):

@@ -55,6 +55,15 @@ def test_second_derivatives_are_those_of_eager():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("op", [ops.profile, ops.profile_])
+def test_a_forward_mode_tangent_is_refused_and_not_lost(op):
+    flags = torch.zeros(2, dtype=torch.int64)
+    with torch.autograd.forward_ad.dual_level():
+        gate = torch.autograd.forward_ad.make_dual(torch.ones(2, 8), torch.ones(2, 8))
+        with pytest.raises(InputError, match="tangent"), torch.no_grad():
+            op(gate, None, "silu", 0.0, None, None, None, None, None, flags)
+
+
 def test_edited_neurons_pass_their_gradient_through_the_scale():
     gate, up = leaves(torch.float32, 5, 8)
     tables = edits_for(8).tables()

@@ -109,6 +109,32 @@ def test_several_python_threads_share_statistics():
     assert torch.allclose(shared.sums, once.sums * 100, rtol=1e-13, atol=1e-9)
 
 
+@pytest.mark.parametrize("wanted", [("counts", "sums"), ("sums",), ("square_sums",)])
+def test_calls_of_different_sizes_share_statistics(wanted):
+    width, calls = 2048, 200
+    held = {
+        name: torch.zeros(2, width, dtype=torch.int64 if name == "counts" else torch.float64)
+        for name in wanted
+    }
+    statistics = [held.get(name) for name in ("counts", "sums", "square_sums")]
+
+    def work(rows: int) -> None:
+        # One size shares out rows between threads and the other columns.
+        torch.set_num_threads(2)
+        gate, groups = torch.ones(rows, width), (torch.arange(rows) % 2).int()
+        flags = torch.zeros(2, dtype=torch.int64)
+        for _ in range(calls):
+            ops.observe(gate, "identity", 0.0, groups, *statistics, flags)
+
+    workers = [threading.Thread(target=work, args=(rows,)) for rows in (256, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for statistic in held.values():
+        assert (statistic == calls * (256 + 20) / 2).all()
+
+
 def test_only_the_openmp_runtime_of_torch_is_in_the_process():
     code = (
         "import sys, torch\n"

@@ -253,3 +253,14 @@ def test_a_product_is_not_written_over_rows_that_no_single_stride_reaches(gate):
 def _ungated(tally: Tally) -> Tally:
     tally.up_abs_sums = None
     return tally
+
+
+def test_groups_that_the_op_itself_overwrites_lead_nowhere_outside():
+    width = 64
+    buffer = torch.zeros(100 * width, dtype=torch.int64)
+    counts = buffer[: 2 * width].view(2, width)
+    groups = counts.view(torch.int32).view(-1)
+    groups[1] = groups[4] = groups[7] = 1
+    gate, flags = torch.ones(groups.numel(), width), torch.zeros(2, dtype=torch.int64)
+    ops.profile(gate, None, "identity", 0.0, groups, counts, None, None, None, flags)
+    assert not buffer[2 * width :].any()
