@@ -37,18 +37,20 @@ test-sanitizers: $(VENV)/.ready
 # A wheel from a clean copy, built in isolation, tested in an environment and directory of its own;
 # then the same without the native library.
 test-wheel: $(VENV)/.ready
-	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/wheel.sh
+	PYTHON=$(CURDIR)/$(BIN)/python TORCH=$(TORCH) sh tests/wheel.sh
 
 test-transformers4: $(VENV)/.ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
 
 bench: $(VENV)/.ready
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0 \
 		--benchmark-json=benchmarks/results/cpu.json --benchmark-quiet -q
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files csrc | grep -E '\.(cpp|h|inc)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
 	rm -rf build dist demo-output .venvs *.egg-info

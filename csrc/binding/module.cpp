@@ -36,7 +36,8 @@ void run(const Call& call, int threads, void (*op)(const Call&, int)) {
 void check(int dtype, int activation, Size rows, Size width) {
   if (dtype < 0 || dtype > 2 || activation < 0 || activation >= lapefast::activation_count ||
       rows < 0 || width < 0)
-    throw std::invalid_argument("native call with an unknown dtype, activation or a negative size.");
+    throw std::invalid_argument(
+        "native call with an unknown dtype, activation or a negative size.");
 }
 
 void profile(int dtype, int activation, Size rows, Size width, Address gate, Size gate_stride,

@@ -95,8 +95,8 @@ void check_set(const EditCall& call, std::int64_t set) {
     const std::int64_t neuron = call.neurons[entry];
     if (neuron < 0 || neuron >= call.width)
       throw std::invalid_argument("edit: neurons of set " + std::to_string(set) +
-                                  " must lie within [0, " + std::to_string(call.width) +
-                                  "), got " + std::to_string(neuron) + ".");
+                                  " must lie within [0, " + std::to_string(call.width) + "), got " +
+                                  std::to_string(neuron) + ".");
     if (neuron <= previous)
       throw std::invalid_argument("edit: neurons of set " + std::to_string(set) +
                                   " must ascend without repeats.");
@@ -184,8 +184,6 @@ std::vector<std::string> available_isas() {
 
 std::string isa() { return kernels().name; }
 
-void select_isa(const std::string& name) {
-  selected.store(named(name), std::memory_order_release);
-}
+void select_isa(const std::string& name) { selected.store(named(name), std::memory_order_release); }
 
 }  // namespace lapefast

@@ -8,7 +8,6 @@ namespace {
 constexpr int lanes = 8;
 #include "vector.inc"
 
-
 F widen_half(HalfBits bits) { return (F)_mm256_cvtph_ps((__m128i)bits); }
 HalfBits narrow_half(F values) {
   return (HalfBits)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);

@@ -8,7 +8,6 @@ namespace {
 constexpr int lanes = 16;
 #include "vector.inc"
 
-
 F widen_half(HalfBits bits) { return (F)_mm512_cvtph_ps((__m256i)bits); }
 HalfBits narrow_half(F values) {
   return (HalfBits)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
@@ -22,9 +21,7 @@ Pair multiply_add(Pair x, Pair y, Pair z) {
   return {multiply_add(x.a, y.a, z.a), multiply_add(x.b, y.b, z.b)};
 }
 // What is left of x when its nearest integer is taken away; 0 for an infinite x.
-F fraction(F x) {
-  return (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-}
+F fraction(F x) { return (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 F times_power_of_two(F x, F n) { return (F)_mm512_scalef_ps((__m512)x, (__m512)n); }
 Pair fraction(Pair x) { return {fraction(x.a), fraction(x.b)}; }
 Pair times_power_of_two(Pair x, Pair n) {

@@ -6,7 +6,6 @@ namespace {
 constexpr int lanes = 4;
 #include "vector.inc"
 
-
 F widen_half(HalfBits bits) { return widen_half_portable(bits); }
 HalfBits narrow_half(F values) { return narrow_half_portable(values); }
 

@@ -1,5 +1,5 @@
-// The thread pool: the OpenMP runtime that torch has loaded, found by name at the first use. Linking
-// one of our own would put two pools into one process.
+// The thread pool: the OpenMP runtime that torch has loaded, found by name at the first use.
+// Linking one of our own would put two pools into one process.
 #include <dlfcn.h>
 #include <sched.h>
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = [
     "write_json",
     "write_published",
 ]
+
+_log = logging.getLogger(__name__)
 
 PUBLISHED_LABELS = ("en", "zh", "fr", "es", "vi", "id", "ja")
 """The order of languages in the published neuron files, which carry no names."""
@@ -123,6 +126,13 @@ def read_published(path: str | os.PathLike[str], labels: Sequence[str] | None = 
         raise InputError(
             f"the neuron file {path} holds {len(content)} labels without names, more than the "
             f"{len(PUBLISHED_LABELS)} published ones; name them with labels="
+        )
+    if labels is None and len(content) < len(PUBLISHED_LABELS):
+        _log.warning(
+            "%s holds %d labels without names; they are taken for %s (labels= names others)",
+            path,
+            len(content),
+            ", ".join(PUBLISHED_LABELS[: len(content)]),
         )
     names = PUBLISHED_LABELS[: len(content)] if labels is None else tuple(labels)
     if len(names) != len(content) or len(set(names)) != len(names):

@@ -79,8 +79,8 @@ struct EditCall {
 // from the first row of a call, so that sums are the same however the work is shared.
 constexpr int chunk_rows = 64;
 
-// Columns that are walked over a chunk of rows before the next, so that their counters and sums stay
-// in the first-level cache: 28 KB at most.
+// Columns that are walked over a chunk of rows before the next, so that their counters and sums
+// stay in the first-level cache: 28 KB at most.
 constexpr int tile_width = 2048;
 
 // Says which chunk may add to the sums of a tile now: they are added in the order of the rows.
@@ -104,7 +104,8 @@ struct Kernels {
   void (*edit)(const EditCall& call, const Share& share);
 };
 
-// Guards the additions to statistics, which several calls may share; `key` is any address of theirs.
+// Guards the additions to statistics, which several calls may share; `key` is any address of
+// theirs.
 void lock_statistics(const void* key);
 void unlock_statistics(const void* key);
 
