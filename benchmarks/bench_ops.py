@@ -44,7 +44,7 @@ def test_profile_op(contest, report, rows, width):
                 "with sums": lambda: profile(counts, sums),
             },
             check,
-            rounds=21,
+            rounds=41,
             repeat=3,
         )
     size = f"profile op, bf16 [{rows}, {width}]"

@@ -1,11 +1,12 @@
 """The one harness: contenders in turn in one run, answers checked first, medians and quartiles.
 
-`contest` times lapefast with pytest-benchmark and, before each of its rounds, every other contender
-once, so that what slows the machine down slows all of them. Ratios are of medians over the rounds.
+`contest` times every contender, lapefast among them, in each round and in an order that changes, so
+that what slows the machine down slows all of them. Ratios are of medians over the rounds.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -44,26 +45,23 @@ def contest(benchmark):
         repeat: int = 1,
     ) -> dict[str, list[float]]:
         check()
-        seconds: dict[str, list[float]] = {name: [] for name in others}
+        order = random.Random(0)
+        contenders = [*others.items(), ("lapefast", ours)]
+        seconds: dict[str, list[float]] = {name: [] for name, _ in contenders}
 
-        def timed_others() -> None:
-            for name, other in others.items():
-                # Untimed once, so that nobody pays for the memory that the one before gave back.
-                other()
+        def one_round() -> None:
+            # Who comes after a contender that gives much memory back pays for getting it again.
+            order.shuffle(contenders)
+            for name, contender in contenders:
                 started = time.perf_counter()
                 for _ in range(repeat):
-                    other()
+                    contender()
                 seconds[name].append((time.perf_counter() - started) / repeat)
-            ours()
 
-        def repeated() -> None:
-            for _ in range(repeat):
-                ours()
-
-        benchmark.pedantic(repeated, setup=timed_others, rounds=rounds, warmup_rounds=1)
-        for name in seconds:
-            del seconds[name][0]  # the warm-up's
-        seconds["lapefast"] = [one / repeat for one in benchmark.stats.stats.data]
+        # What pytest-benchmark times and saves is lapefast once more; ratios come from the rounds.
+        benchmark.pedantic(ours, setup=one_round, rounds=rounds, warmup_rounds=1)
+        for measured in seconds.values():
+            del measured[0]  # the warm-up's
         benchmark.extra_info["seconds"] = seconds
         benchmark.extra_info["threads"] = torch.get_num_threads()
         return seconds
