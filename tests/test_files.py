@@ -5,6 +5,7 @@ import os
 import resource
 import stat
 from collections import OrderedDict
+from contextlib import contextmanager
 from fractions import Fraction
 
 import pytest
@@ -14,13 +15,18 @@ from lapefast.errors import InputError
 from lapefast.files import existing_file, read_torch, write_atomically, write_torch
 
 
-@pytest.fixture
+@contextmanager
 def no_file_over_4_kilobytes():
-    """The kernel refuses to let a file grow, as it does on a full disk; needs no privilege."""
+    """The kernel refuses to let a file grow, as it does on a full disk; needs no privilege.
+
+    Only around the writing itself: what the tests print may go to a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
@@ -48,11 +54,9 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["result"]
 
 
-def test_a_disk_that_fills_while_writing_is_named_and_leaves_nothing(
-    tmp_path, no_file_over_4_kilobytes
-):
+def test_a_disk_that_fills_while_writing_is_named_and_leaves_nothing(tmp_path):
     named = pytest.raises(InputError, match=r"cannot write .*result")
-    with named, write_atomically(tmp_path / "result") as temporary:
+    with no_file_over_4_kilobytes(), named, write_atomically(tmp_path / "result") as temporary:
         temporary.write_bytes(bytes(5000))
     assert os.listdir(tmp_path) == []
 
@@ -71,9 +75,10 @@ def test_a_disk_that_fills_while_flushing_is_named_and_leaves_the_old_file(tmp_p
     assert os.listdir(tmp_path) == ["result"]
 
 
-def test_torch_files_are_written_all_or_none_on_a_full_disk(tmp_path, no_file_over_4_kilobytes):
+def test_torch_files_are_written_all_or_none_on_a_full_disk(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
-    with pytest.raises(InputError, match=r"cannot write .*large"):
+    named = pytest.raises(InputError, match=r"cannot write .*large")
+    with no_file_over_4_kilobytes(), named:
         write_torch({small: torch.zeros(2), large: torch.zeros(5000)})
     assert os.listdir(tmp_path) == []
 

@@ -164,6 +164,8 @@ def test_no_warning_about_long_sequences_and_no_other_one_lost(
 ) -> None:
     from transformers.utils import logging
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()
     logging.enable_propagation()
     try:
         texts = ["many words in one document " * 50]
@@ -173,3 +175,4 @@ def test_no_warning_about_long_sequences_and_no_other_one_lost(
         assert "longer than the specified maximum" in caplog.text
     finally:
         logging.disable_propagation()
+        logging.set_verbosity(level)
