@@ -50,7 +50,7 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files csrc | grep -E '\.(cpp|h|inc)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files csrc | grep -E '\.(cpp|h|inc|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
 	rm -rf build dist demo-output .venvs *.egg-info

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -51,7 +51,11 @@ def _run(command: list[str]) -> None:
 
 NATIVE = os.environ.get("LAPEFAST_BUILD_NATIVE", "1") != "0"
 
+# Kernel people look for Triton sources in `triton_kernels/`, but another project owns that
+# importable name: without an `__init__.py` there, and installed under ours, no name is shadowed.
 setup(
+    packages=[*find_packages(include=["lapefast*"]), "lapefast.triton_kernels"],
+    package_dir={"lapefast.triton_kernels": "triton_kernels/src"},
     ext_modules=[Extension("lapefast._native", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild},
 )

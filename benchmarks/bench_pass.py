@@ -1,111 +1,122 @@
-"""The whole pass beside the unpatched model and the published way, and its memory."""
+"""What the pass is made of, what sums add to it, and its memory."""
 
 from __future__ import annotations
-
-import copy
-import statistics
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from baselines.published import published
-from conftest import ratio
+from baselines.hook import hook
+from models import Llama, assert_equal_counts, profiling
+from processes import run_alone
 
-import lapefast as lf
+from lapefast import ops
 
-_ROWS, _LENGTH, _VOCABULARY = 4, 512, 32000
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        vocab_size=_VOCABULARY,
-        max_position_embeddings=2048,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+# Of the two, only a CPU's pass has bars of its own; the others stand in bench_contenders.
+_BARS = {"cpu": {"bare": 1.3, "matrix": 1.5, "sums": 1.1}, "cuda": {}}
 
 
-def test_whole_pass(model, contest, report):
-    ids = torch.randint(_VOCABULARY, (_ROWS, _LENGTH))
-    # A copy each, so that what is placed in one stays there while the others run.
-    counted, summed, counted_published = (copy.deepcopy(model) for _ in range(3))
+def test_parts_of_the_pass(llama, contest, report, device):
+    bars, what = _BARS[device], llama.what
+    hooked = hook(llama.copy())
     with (
         torch.no_grad(),
-        _placed(counted, ("counts",)) as recorder,
-        _placed(summed, ("counts", "sums")),
-        published(counted_published) as expected,
+        profiling(llama.copy(), "counts") as counted,
+        profiling(llama.copy(), "counts", "sums") as summed,
     ):
 
         def check():
-            counted_published(input_ids=ids)
-            counted.model(input_ids=ids, use_cache=False)
-            counts = recorder.profile().counts
-            for site, over_zero in zip(counts, expected, strict=True):
-                assert torch.equal(counts[site][0], over_zero), site
+            for contender in (hooked, counted, summed):
+                contender.run(llama.ids[0])
+            for contender in (counted, summed):
+                assert_equal_counts(contender.counts(), hooked.counts(), "lapefast")
 
-        seconds = contest(
-            lambda: counted.model(input_ids=ids, use_cache=False),
+        timings = contest(
+            f"parts of the {what}",
             {
-                "published": lambda: counted_published(input_ids=ids),
-                "unpatched": lambda: model(input_ids=ids),
-                "bare": lambda: model.model(input_ids=ids),
-                "sums": lambda: summed.model(input_ids=ids, use_cache=False),
-                "matrix": _matrix_products(model),
+                "lapefast": counted.run,
+                "with sums": summed.run,
+                "the unpatched bare decoder": lambda ids: llama.model.model(input_ids=ids),
+                **_parts(llama),
             },
+            [(ids,) for ids in llama.ids],
             check,
+            operations={
+                "lapefast": llama.operations(whole=False),
+                "matrix products and attention": llama.operations(whole=False),
+            },
         )
-    what = "whole pass, 168M Llama, bf16, 4 x 512"
-    report(f"{what}: the published forward takes", 2.0, ratio(seconds, "published"), "x as long")
-    report(f"{what}: the unpatched model", 1.6, ratio(seconds, "unpatched"), "x as long")
-    report(f"{what}: the unpatched bare decoder", 1.3, ratio(seconds, "bare"), "x as long")
-    matrix = 1 / ratio(seconds, "matrix")
-    report(f"{what}: times its matrix products and attention", 1.5, matrix, "x", at_least=False)
-    report(f"{what}: with sums", 1.1, ratio(seconds, "sums"), "x as long", at_least=False)
-    tokens = _ROWS * _LENGTH / statistics.median(seconds["lapefast"])
-    report(f"{what}: speed", None, tokens, " tokens/s")
+    report.row(
+        f"{what}: the unpatched bare decoder",
+        timings.ratio("the unpatched bare decoder", "lapefast"),
+        "x as long",
+        at_least=bars.get("bare"),
+    )
+    report.row(
+        f"{what}: times its matrix products and attention",
+        timings.ratio("lapefast", "matrix products and attention"),
+        "x",
+        at_most=bars.get("matrix"),
+    )
+    report.row(
+        f"{what}: with sums",
+        timings.ratio("with sums", "lapefast"),
+        "x as long",
+        at_most=bars.get("sums"),
+    )
+    # Norms, rotary embeddings, residuals, and what Python takes.
+    rest = zip(
+        timings["lapefast"],
+        timings["matrix products and attention"],
+        timings["activation, by lapefast"],
+        strict=True,
+    )
+    report.row(f"{what}: the rest", [max(whole - a - b, 0.0) for whole, a, b in rest], "s")
 
 
-@contextmanager
-def _placed(model, names):
-    with lf.record(model, ["en"], statistics=names) as recorder:
-        recorder.end_at_last_site()
-        recorder.set(label="en")
-        yield recorder
+def _parts(llama: Llama):
+    """Each part alone, in all layers: what lapefast leaves out, keeps and replaces."""
+    shape, model = llama.shape, llama.model
+    options = {"dtype": torch.bfloat16, "device": llama.ids[0].device}
+    hidden = torch.randn(llama.tokens, shape.hidden, **options)
+    gate, up = (torch.randn(llama.tokens, shape.intermediate, **options) for _ in range(2))
+    head_size = shape.hidden // shape.heads
+    query = torch.randn(shape.rows, shape.heads, shape.length, head_size, **options)
+    key = torch.randn(shape.rows, shape.key_value_heads, shape.length, head_size, **options)
+    counts = torch.zeros(1, shape.intermediate, dtype=torch.int64, device=gate.device)
+    flags = torch.zeros(2, dtype=torch.int64, device=gate.device)
+    grouped = shape.heads != shape.key_value_heads
 
-
-def _matrix_products(model):
-    """The linear layers and the attention that the pass runs, and nothing else."""
-    tokens, heads = _ROWS * _LENGTH, model.config.num_attention_heads
-    hidden = torch.randn(tokens, model.config.hidden_size, dtype=torch.bfloat16)
-    wide = torch.randn(tokens, model.config.intermediate_size, dtype=torch.bfloat16)
-    by_head = torch.randn(_ROWS, heads, _LENGTH, hidden.shape[1] // heads, dtype=torch.bfloat16)
-
-    def run():
+    def matrix_products(ids):
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
                 projection(hidden)
-            F.scaled_dot_product_attention(by_head, by_head, by_head, is_causal=True)
+            F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=grouped)
             attention.o_proj(hidden)
             mlp.gate_proj(hidden)
             if layer is not model.model.layers[-1]:
                 mlp.up_proj(hidden)
-                mlp.down_proj(wide)
+                mlp.down_proj(gate)
 
-    return run
+    def counted_activation(ids):
+        for _ in range(shape.layers - 1):
+            ops.profile(gate, up, "silu", 0.0, None, counts, None, None, None, flags)
+        ops.observe(gate, "silu", 0.0, None, counts, None, None, flags)
+
+    def eager_activation(ids):
+        for _ in range(shape.layers):
+            F.silu(gate) * up
+
+    return {
+        "matrix products and attention": matrix_products,
+        "activation, by lapefast": counted_activation,
+        "activation, eager and not counted": eager_activation,
+        "the head": lambda ids: model.lm_head(hidden),
+    }
 
 
 _MEMORY = """
-import resource, sys, torch, transformers, lapefast as lf
+import sys, torch, transformers, lapefast as lf
 config = transformers.LlamaConfig(
     hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
     vocab_size=8000, max_position_embeddings=512,
@@ -117,17 +128,14 @@ class Texts:
         for _ in range(int(sys.argv[1])):
             yield torch.randint(8000, (512,), generator=generator).tolist()
 lf.profile(model, {"en": Texts()}, seq_len=512, batch_size=4, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_peak_memory_of_a_longer_corpus(benchmark, report):
+@pytest.mark.only_on("cpu", reason="the memory of a process, which `make bench` measures")
+def test_peak_memory_of_a_longer_corpus(benchmark, report, quick):
     def peak(rows: int) -> int:
-        command = [sys.executable, "-c", _MEMORY, str(rows)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return run_alone(_MEMORY, rows)[1]
 
-    def measure() -> float:
-        return peak(2000) / peak(200)
-
-    growth = benchmark.pedantic(measure, rounds=1)
-    report("peak memory of a pass over 10 times the corpus", 1.03, growth, "x", at_least=False)
+    rows = 4 if quick else 100
+    growth = benchmark.pedantic(lambda: peak(10 * rows) / peak(rows), rounds=1)
+    report.row("peak memory of a pass over 10 times the corpus", growth, "x", at_most=1.03)

@@ -1,31 +1,74 @@
 """The one harness: contenders in turn in one run, answers checked first, medians and quartiles.
 
-`contest` times every contender, lapefast among them, in each round and in an order that changes, so
-that what slows the machine down slows all of them. Ratios are of medians over the rounds.
+`contest` times every contender in each round and in an order that changes, so that what slows the
+machine down slows all of them; a ratio is the median of the rounds' own ratios. Successive calls
+take different input sets. Beside a time stand its bytes or operations per second, and their share
+of what a plain copy and a plain matrix product reach on this machine, measured first.
 """
 
 from __future__ import annotations
 
+import gc
 import random
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from models import SHAPES, TINY, Llama, build
+from reporting import Bench, Results, device_name, quartiles
+from timing import Given, Timings, seconds_per_call
 
-_ROWS: list[Row] = []
+from lapefast.ops.backends import BACKENDS, why_not
+
+_RESULTS = pytest.StashKey[Results]()
+_QUICK_ROUNDS = 2
 
 
-@dataclass
-class Row:
-    """One line of the printed table."""
+def pytest_addoption(parser):
+    group = parser.getgroup("lapefast benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="tiny sizes: checks that every bench runs, writes nothing",
+    )
+    group.addoption("--results", type=Path, help="the file to write, if not the device's own")
 
-    what: str
-    bar: str
-    measured: str
-    reached: bool | None
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "only_on(device, reason): a bench that says nothing on another device"
+    )
+    config.stash[_RESULTS] = Results(config.getoption("device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        return
+    for item in items:
+        marker = item.get_closest_marker("only_on")
+        if marker is not None and marker.args[0] != config.getoption("device"):
+            item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    return request.config.getoption("device")
+
+
+@pytest.fixture(scope="session")
+def quick(request) -> bool:
+    return request.config.getoption("quick")
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def backend(request, device) -> str:
+    reason = why_not(request.param, device)
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r} is not for {device!r}: {reason}")
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,79 +76,125 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
-@pytest.fixture
-def contest(benchmark):
-    """contest(ours, others, check, rounds) -> {name: [seconds]}, "lapefast" among them."""
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reaches at its best."""
 
+    bytes: float  # per second, read and written by a copy
+    operations: float  # per second, of a bfloat16 matrix product
+
+
+@pytest.fixture(scope="session", autouse=True)
+def limits(request, device, quick, _two_threads) -> Limits:
+    """A copy far beyond any cache and a large matrix product; they head the table."""
+    bench = request.config.stash[_RESULTS].bench("limits")
+    length = 1 << (20 if quick else 30)
+    side = 64 if quick else {"cpu": 2048, "cuda": 8192}[device]
+    source = torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    measured = []
+    for what, run, work, unit in (
+        ("copy", lambda: target.copy_(source), 2 * length / 1e9, " GB/s"),
+        ("bfloat16 matrix product", lambda: left @ right, 2 * side**3 / 1e12, " TFLOP/s"),
+    ):
+        run()
+        rates = [work / seconds_per_call(device, run, [()] * 3) for _ in range(7)]
+        bench.row(f"limit of the machine: {what}", rates, unit)
+        measured.append(quartiles(rates)[1])
+    return Limits(measured[0] * 1e9, measured[1] * 1e12)
+
+
+@pytest.fixture(scope="session")
+def llama(device, quick) -> Llama:
+    """The model that whole passes are measured on, with random weights."""
+    return build(TINY if quick else SHAPES[device], device)
+
+
+@pytest.fixture
+def report(request, device) -> Bench:
+    """The bench's rows in the table and in the results file."""
+    yield request.config.stash[_RESULTS].bench(request.node.nodeid.rpartition("/")[2])
+    if device == "cuda":  # what a bench leaves would be missing in the next
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def contest(benchmark, report, device, quick, limits):
     def run(
-        ours: Callable[[], object],
-        others: dict[str, Callable[[], object]],
+        what: str,
+        contenders: dict[str, Callable[..., object]],
+        inputs: Sequence[Given],
         check: Callable[[], None],
         rounds: int = 7,
         repeat: int = 1,
-    ) -> dict[str, list[float]]:
+        moved: float | None = None,
+        operations: dict[str, float] | None = None,
+        tokens: int | None = None,
+        point: dict[str, object] | None = None,
+    ) -> Timings:
+        """Check the answer, then time ``contenders`` alternately.
+
+        Args:
+            what: heads every row.
+            contenders: name -> what is called with one of ``inputs``.
+            inputs: sets of inputs, taken in turn.
+            check: raises where the answers are not what they should be.
+            rounds: how often every contender is timed; ``repeat`` calls each.
+            moved: bytes that a call has to read and write.
+            operations: contender -> floating-point operations of a call, where they are known.
+            tokens: tokens of a call.
+            point: place on a scaling curve; such a contest adds no rows to the table.
+        """
         check()
-        order = random.Random(0)
-        contenders = [*others.items(), ("lapefast", ours)]
-        seconds: dict[str, list[float]] = {name: [] for name, _ in contenders}
+        if quick:
+            rounds, repeat = _QUICK_ROUNDS, 1
+        order, names, call = random.Random(0), list(contenders), 0
+        seconds: dict[str, list[float]] = {name: [] for name in names}
 
         def one_round() -> None:
+            nonlocal call
+            given = [inputs[(call + i) % len(inputs)] for i in range(repeat)]
+            call += repeat
             # Who comes after a contender that gives much memory back pays for getting it again.
-            order.shuffle(contenders)
-            for name, contender in contenders:
-                started = time.perf_counter()
-                for _ in range(repeat):
-                    contender()
-                seconds[name].append((time.perf_counter() - started) / repeat)
+            order.shuffle(names)
+            for name in names:
+                seconds[name].append(seconds_per_call(device, contenders[name], given))
 
-        # What pytest-benchmark times and saves is lapefast once more; ratios come from the rounds.
-        benchmark.pedantic(ours, setup=one_round, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
         for measured in seconds.values():
             del measured[0]  # the warm-up's
-        benchmark.extra_info["seconds"] = seconds
-        benchmark.extra_info["threads"] = torch.get_num_threads()
-        return seconds
+        report.seconds.update(seconds)
+        if point is not None:
+            report.point.update(point)
+            return Timings(seconds)
+        for name, measured in seconds.items():
+            median = quartiles(measured)[1]
+            rates = []
+            if moved:
+                rate = moved / median
+                rates.append(f"{rate / 1e9:.3g} GB/s, {rate / limits.bytes:.0%} of copy")
+            if name in (operations or {}):
+                rate = operations[name] / median
+                rates.append(f"{rate / 1e12:.3g} TFLOP/s, {rate / limits.operations:.0%} of peak")
+            if tokens:
+                rates.append(f"{tokens / median:,.0f} tokens/s")
+            report.row(f"{what}: {name}", measured, "s", rate="; ".join(rates))
+        return Timings(seconds)
 
     return run
 
 
-@pytest.fixture
-def report(benchmark):
-    """report(what, bar, value, unit, at_least) adds a line to the table at the end."""
-
-    def add(what: str, bar: float | None, value: float, unit: str, at_least: bool = True) -> None:
-        word = "at least" if at_least else "at most"
-        reached = None if bar is None else (value >= bar if at_least else value <= bar)
-        _ROWS.append(
-            Row(what, "" if bar is None else f"{word} {bar:g}{unit}", f"{value:.3g}{unit}", reached)
-        )
-        benchmark.extra_info.setdefault("table", []).append(vars(_ROWS[-1]))
-
-    return add
-
-
-def ratio(seconds: dict[str, list[float]], other: str) -> float:
-    """How many times as long the other contender takes as lapefast: the ratio of the medians."""
-    return statistics.median(seconds[other]) / statistics.median(seconds["lapefast"])
-
-
-def pytest_terminal_summary(terminalreporter):
-    if not _ROWS:
+def pytest_terminal_summary(terminalreporter, config):
+    results, quick = config.stash[_RESULTS], config.getoption("quick")
+    if not results.benches:
         return
-    widths = [max(len(getattr(row, key)) for row in _ROWS) for key in ("what", "bar", "measured")]
-    terminalreporter.section(f"{torch.get_num_threads()} threads, {_processor()}")
-    for row in _ROWS:
-        verdict = {True: "reached", False: "MISSED", None: ""}[row.reached]
-        cells = (row.what, row.bar, row.measured)
-        terminalreporter.write_line(
-            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-            + f"  {verdict}"
-        )
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as info:
-        text = info.read()
-    name = next((line.split(":")[1] for line in text.splitlines() if "model name" in line), "")
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in text]
-    return f"{name.strip()} ({', '.join(units)}), torch {torch.__version__}"
+    what = "quick run, measures nothing" if quick else device_name(results.device)
+    terminalreporter.section(
+        f"{what}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    for line in results.lines(judged=not quick):
+        terminalreporter.write_line(line)
+    if not quick:
+        terminalreporter.write_line(results.save(config.getoption("results")))

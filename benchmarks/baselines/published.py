@@ -7,11 +7,11 @@ As in the code released with arXiv 2402.16438: the activation is widened to floa
 from __future__ import annotations
 
 import types
-from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from baselines import Contender, no_counts
 
 
 def published_expression(gate: Tensor, up: Tensor, over_zero: Tensor) -> Tensor:
@@ -21,13 +21,9 @@ def published_expression(gate: Tensor, up: Tensor, over_zero: Tensor) -> Tensor:
     return activation * up
 
 
-@contextmanager
-def published(model: nn.Module):
-    """Every gated FFN of a Llama counts the published way; yields the counts per layer."""
-    counts = []
-    for layer in model.model.layers:
-        over_zero = torch.zeros(layer.mlp.gate_proj.out_features, dtype=torch.int64)
-        counts.append(over_zero)
+def published(model: nn.Module) -> Contender:
+    counts = no_counts(model)
+    for layer, over_zero in zip(model.model.layers, counts, strict=True):
 
         def forward(self: nn.Module, x: Tensor, over_zero: Tensor = over_zero) -> Tensor:
             return self.down_proj(
@@ -35,8 +31,4 @@ def published(model: nn.Module):
             )
 
         layer.mlp.forward = types.MethodType(forward, layer.mlp)
-    try:
-        yield counts
-    finally:
-        for layer in model.model.layers:
-            del layer.mlp.forward
+    return Contender(lambda ids: model(input_ids=ids), lambda: counts)

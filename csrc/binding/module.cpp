@@ -1,30 +1,105 @@
-// lapefast._native: addresses, sizes and strides in, exceptions out. Tensors were checked by the
-// caller (lapefast/ops/checks.py); what they hold is checked here, before anything is written.
+// lapefast._native: tensors in, exceptions out. What the user may get wrong was checked by the
+// caller (lapefast/ops/checks.py), with the better message; here nothing is believed: sizes, types
+// and places are read from the tensors themselves, and what they hold before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <stdexcept>
+#include <type_traits>
 
+#include "lapefast/cuda.h"
 #include "lapefast/library.h"
-
-namespace py = pybind11;
+#include "tensor.h"
 
 namespace {
 
-using Address = std::uintptr_t;
-using Size = std::int64_t;
+namespace py = pybind11;
+using lapefast::binding::Tensor;
 
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+// gate, up and product, of one type, shape and place.
+template <class Call>
+void set_rows(Call& call, int activation, const Tensor& gate, py::handle up, py::handle product) {
+  if (activation < 0 || activation >= lapefast::activation_count)
+    throw std::invalid_argument("activation has no such number.");
+  call.activation = static_cast<lapefast::Activation>(activation);
+  call.dtype = gate.float_type();
+  call.rows = gate.rows();
+  call.width = gate.width();
+  call.gate = gate.as_rows();
+  const auto like_gate = [&](py::handle object, const char* name) -> lapefast::Rows {
+    if (object.is_none()) return {};
+    const Tensor tensor(object, name);
+    tensor.float_type();
+    tensor.expect(tensor.same_type(gate) && tensor.same_place(gate) && tensor.rows() == call.rows &&
+                      tensor.width() == call.width,
+                  "must be as gate is");
+    return tensor.as_rows();
+  };
+  call.up = like_gate(up, "up");
+  call.product = like_gate(product, "product");
+}
+
+lapefast::RowIndex row_index(py::handle object, const char* name, const Tensor& gate) {
+  if (object.is_none()) return {};
+  const Tensor index(object, name);
+  const std::int64_t size = index.elements() == 1 ? 1 : gate.rows();
+  return {index.contiguous<std::int32_t>(size, gate), size};
+}
+
+lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle product,
+                                   int activation, float threshold, py::handle groups,
+                                   py::handle counts, py::handle sums, py::handle square_sums,
+                                   py::handle up_abs_sums, py::handle flags) {
+  lapefast::ProfileCall call{};
+  set_rows(call, activation, gate, up, product);
+  call.threshold = threshold;
+  call.groups = row_index(groups, "groups", gate);
+  bool any = false;
+  const auto add_statistic = [&](py::handle object, const char* name, auto*& address) {
+    if (object.is_none()) return;
+    const Tensor statistic(object, name);
+    const std::int64_t held = statistic.rows();
+    statistic.expect(!any || held == call.statistics.groups, "is of another size");
+    any = true;
+    call.statistics.groups = held;
+    address =
+        statistic.contiguous<std::remove_reference_t<decltype(*address)>>(held * call.width, gate);
+  };
+  add_statistic(counts, "counts", call.statistics.counts);
+  add_statistic(sums, "sums", call.statistics.sums);
+  add_statistic(square_sums, "square_sums", call.statistics.square_sums);
+  add_statistic(up_abs_sums, "up_abs_sums", call.statistics.up_abs_sums);
+  call.flags = Tensor(flags, "flags").contiguous<std::int64_t>(2, gate);
+  if (!up_abs_sums.is_none() && up.is_none()) throw std::invalid_argument("up_abs_sums needs up.");
+  return call;
+}
+
+lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle product, int activation,
+                             py::handle sets, py::handle offsets, py::handle neurons,
+                             py::handle scale, py::handle shift, py::handle flags) {
+  lapefast::EditCall call{};
+  set_rows(call, activation, gate, up, product);
+  if (product.is_none()) throw std::invalid_argument("edit needs a product.");
+  call.sets = row_index(sets, "sets", gate);
+  const Tensor bounds(offsets, "offsets"), members(neurons, "neurons");
+  call.set_count = bounds.elements() - 1;
+  bounds.expect(call.set_count >= 0, "must hold one more than there are sets");
+  call.offsets = bounds.contiguous<std::int32_t>(call.set_count + 1, gate);
+  call.capacity = members.elements();
+  call.neurons = members.contiguous<std::int32_t>(call.capacity, gate);
+  call.scale = Tensor(scale, "scale").contiguous<float>(call.capacity, gate);
+  call.shift = Tensor(shift, "shift").contiguous<float>(call.capacity, gate);
+  call.flags = Tensor(flags, "flags").contiguous<std::int64_t>(2, gate);
+  return call;
 }
 
 // Elements from which the interpreter's lock is released; below it, giving it up and taking it back
 // costs more than the kernel runs.
-constexpr Size release_lock_from = 1 << 16;
+constexpr std::int64_t release_lock_from = 1 << 16;
 
 template <class Call>
-void run(const Call& call, int threads, void (*op)(const Call&, int)) {
+void run_on_cpu(const Call& call, int threads, void (*op)(const Call&, int)) {
   if (call.rows * call.width >= release_lock_from) {
     py::gil_scoped_release released;
     op(call, threads);
@@ -33,61 +108,61 @@ void run(const Call& call, int threads, void (*op)(const Call&, int)) {
   }
 }
 
-void check(int dtype, int activation, Size rows, Size width) {
-  if (dtype < 0 || dtype > 2 || activation < 0 || activation >= lapefast::activation_count ||
-      rows < 0 || width < 0)
-    throw std::invalid_argument(
-        "native call with an unknown dtype, activation or a negative size.");
+// `resource`: how many threads may compute, or on a GPU the stream to queue on.
+template <class Call>
+void run(const Tensor& gate, const Call& call, std::uintptr_t resource,
+         void (*on_cpu)(const Call&, int),
+         [[maybe_unused]] void (*on_gpu)(const Call&, lapefast::cuda::Stream)) {
+#ifdef LAPEFAST_CUDA_ON_CPU
+  // For tests: the GPU's kernels, on a CPU's memory.
+  (void)on_cpu, (void)run_on_cpu<Call>;
+  return on_gpu(call, {nullptr, static_cast<int>(resource)});
+#else
+  if (gate.device_type() == lapefast::binding::dlpack::cpu)
+    return run_on_cpu(call, static_cast<int>(resource), on_cpu);
+#ifdef LAPEFAST_CUDA
+  if (gate.device_type() == lapefast::binding::dlpack::cuda) {
+    const lapefast::cuda::OnDevice here(gate.device());
+    return on_gpu(call, {reinterpret_cast<void*>(resource), here.processors});
+  }
+#endif
+  gate.expect(false, "is on a device that this library was not built for");
+#endif
 }
 
-void profile(int dtype, int activation, Size rows, Size width, Address gate, Size gate_stride,
-             Address up, Size up_stride, Address product, Size product_stride, float threshold,
-             Address groups, Size groups_size, Size group_count, Address counts, Address sums,
-             Address square_sums, Address up_abs_sums, Address flags, int threads) {
-  check(dtype, activation, rows, width);
-  lapefast::ProfileCall call{};
-  call.dtype = static_cast<lapefast::DType>(dtype);
-  call.activation = static_cast<lapefast::Activation>(activation);
-  call.rows = rows;
-  call.width = width;
-  call.gate = {pointer<void>(gate), gate_stride};
-  call.up = {pointer<void>(up), up_stride};
-  call.product = {pointer<void>(product), product_stride};
-  call.threshold = threshold;
-  call.groups = {pointer<std::int32_t>(groups), groups_size};
-  call.statistics = {group_count, pointer<Size>(counts), pointer<double>(sums),
-                     pointer<double>(square_sums), pointer<double>(up_abs_sums)};
-  call.flags = pointer<Size>(flags);
-  run(call, threads, lapefast::profile);
+#ifdef LAPEFAST_CUDA
+constexpr bool has_cuda = true;
+constexpr auto profile_on_gpu = &lapefast::cuda::profile;
+constexpr auto edit_on_gpu = &lapefast::cuda::edit;
+#else
+constexpr bool has_cuda = false;
+constexpr std::nullptr_t profile_on_gpu = nullptr, edit_on_gpu = nullptr;
+#endif
+
+void profile(py::handle gate_object, py::handle up, py::handle product, int activation,
+             float threshold, py::handle groups, py::handle counts, py::handle sums,
+             py::handle square_sums, py::handle up_abs_sums, py::handle flags,
+             std::uintptr_t resource) {
+  const Tensor gate(gate_object, "gate");
+  run<lapefast::ProfileCall>(gate,
+                             profile_call(gate, up, product, activation, threshold, groups, counts,
+                                          sums, square_sums, up_abs_sums, flags),
+                             resource, lapefast::profile, profile_on_gpu);
 }
 
-void edit(int dtype, int activation, Size rows, Size width, Address gate, Size gate_stride,
-          Address up, Size up_stride, Address product, Size product_stride, Address sets,
-          Size sets_size, Size set_count, Address offsets, Size capacity, Address neurons,
-          Address scale, Address shift, int threads) {
-  check(dtype, activation, rows, width);
-  lapefast::EditCall call{};
-  call.dtype = static_cast<lapefast::DType>(dtype);
-  call.activation = static_cast<lapefast::Activation>(activation);
-  call.rows = rows;
-  call.width = width;
-  call.gate = {pointer<void>(gate), gate_stride};
-  call.up = {pointer<void>(up), up_stride};
-  call.product = {pointer<void>(product), product_stride};
-  call.sets = {pointer<std::int32_t>(sets), sets_size};
-  call.set_count = set_count;
-  call.offsets = pointer<std::int32_t>(offsets);
-  call.capacity = capacity;
-  call.neurons = pointer<std::int32_t>(neurons);
-  call.scale = pointer<float>(scale);
-  call.shift = pointer<float>(shift);
-  run(call, threads, lapefast::edit);
+void edit(py::handle gate_object, py::handle up, py::handle product, int activation,
+          py::handle sets, py::handle offsets, py::handle neurons, py::handle scale,
+          py::handle shift, py::handle flags, std::uintptr_t resource) {
+  const Tensor gate(gate_object, "gate");
+  run<lapefast::EditCall>(
+      gate, edit_call(gate, up, product, activation, sets, offsets, neurons, scale, shift, flags),
+      resource, lapefast::edit, edit_on_gpu);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "CPU kernels of lapefast; used through lapefast.ops.";
+  module.doc() = "Kernels of lapefast; used through lapefast.ops.";
   // What the user did wrong reaches Python as lapefast's own error.
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
@@ -103,4 +178,5 @@ PYBIND11_MODULE(_native, module) {
              "Instruction sets that are compiled in and that this processor has, slowest first.");
   module.def("has_thread_pool", &lapefast::has_thread_pool,
              "Whether the OpenMP runtime that torch loaded was found.");
+  module.attr("has_cuda") = has_cuda;
 }

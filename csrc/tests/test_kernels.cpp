@@ -1,5 +1,8 @@
-// The kernels without Python: every instruction set against scalar arithmetic, at the edges of
-// memory, and from several threads at once. Built to run under the sanitizers too.
+// The kernels without Python: every instruction set, and the GPU's kernels on a CPU, against scalar
+// arithmetic, at the edges of memory, and from several threads at once. Built to run under the
+// sanitizers too.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "lapefast/cuda.h"
 #include "lapefast/library.h"
 
 // A thread pool that the sanitizers can see through, under the names by which the library looks for
@@ -36,6 +40,13 @@ namespace {
 
 using lapefast::Activation;
 using lapefast::DType;
+
+// Who computes.
+struct Engine {
+  std::string name;
+  void (*profile)(const lapefast::ProfileCall& call);
+  void (*edit)(const lapefast::EditCall& call);
+};
 
 float widen(std::uint16_t bits) {
   const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
@@ -96,20 +107,22 @@ lapefast::ProfileCall profile_call(Matrix& gate, Matrix& up, Matrix& product,
   return call;
 }
 
-// Widths around the blocks of every instruction set and the tiles; strides with and without a gap.
-void profile_equals_scalar_arithmetic(const std::string& isa) {
-  for (const std::int64_t width : {1, 3, 7, 8, 9, 16, 31, 32, 33, 64, 100, 2047, 2048, 2049, 4101})
+// Widths around the blocks of every instruction set and the tiles, and some that a GPU reads 16
+// bytes at a time; strides with and without a gap.
+void profile_equals_scalar_arithmetic(const Engine& engine) {
+  for (const std::int64_t width :
+       {1, 3, 7, 8, 9, 16, 31, 32, 33, 64, 100, 264, 2047, 2048, 2049, 4101})
     for (const std::int64_t rows : {0, 1, 2, 5, 70})
-      for (const std::int64_t gap : {0, 5}) {
+      for (const std::int64_t gap : {0, 5, 8}) {
         const std::string where =
-            isa + " [" + std::to_string(rows) + ", " + std::to_string(width) + "]";
+            engine.name + " [" + std::to_string(rows) + ", " + std::to_string(width) + "]";
         Matrix gate(rows, width, width + gap, 1), up(rows, width, width + gap, 2);
         Matrix product(rows, width, width, 3);
         std::vector<std::int32_t> groups(rows);
         for (std::int64_t row = 0; row < rows; ++row)
           groups[row] = static_cast<std::int32_t>(row < 30 ? row % 4 - 1 : row / 9 % 3);
         Tally tally(3, width), expected(3, width);
-        lapefast::profile(profile_call(gate, up, product, groups, tally, 3), 1);
+        engine.profile(profile_call(gate, up, product, groups, tally, 3));
         bool products = true;
         for (std::int64_t row = 0; row < rows; ++row)
           for (std::int64_t column = 0; column < width; ++column) {
@@ -138,8 +151,8 @@ void profile_equals_scalar_arithmetic(const std::string& isa) {
       }
 }
 
-void edit_touches_only_what_its_tables_name(const std::string& isa) {
-  for (const std::int64_t width : {1, 33, 100, 2100}) {
+void edit_touches_only_what_its_tables_name(const Engine& engine) {
+  for (const std::int64_t width : {1, 33, 100, 264, 2100}) {
     Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
     const std::vector<std::int32_t> sets{0, -1, 1, 0, 1, -1};
     const std::int32_t last = static_cast<std::int32_t>(width - 1);
@@ -160,17 +173,104 @@ void edit_touches_only_what_its_tables_name(const std::string& isa) {
     call.neurons = neurons.data();
     call.scale = scale.data();
     call.shift = shift.data();
-    lapefast::edit(call, 1);
+    std::int64_t flags[2] = {0, 0};
+    call.flags = flags;
+    engine.edit(call);
     for (std::int64_t row = 0; row < 6; ++row)
       for (std::int64_t column = 0; column < width; ++column) {
         float active = widen(gate.at(row, column));
         if (sets[row] == 0 && column == 0) active = 3.0f;
         if (sets[row] == 1 && column == last) active = widen(narrow(2.0f * active - 1.0f));
         const std::uint16_t made = narrow(active * widen(up.at(row, column)));
-        CHECK(product.at(row, column) == made, isa + " width " + std::to_string(width));
+        CHECK(product.at(row, column) == made, engine.name + " width " + std::to_string(width));
+      }
+    CHECK(flags[0] == 0 && flags[1] == 0, engine.name);
+  }
+}
+
+#ifdef LAPEFAST_CUDA_ON_CPU
+const Engine gpu{"cuda on a CPU",
+                 [](const auto& call) { lapefast::cuda::profile(call, {nullptr, 2}); },
+                 [](const auto& call) { lapefast::cuda::edit(call, {nullptr, 2}); }};
+
+void a_bad_group_is_skipped_and_counted_on_a_gpu() {
+  for (const std::int64_t width : {50, 256}) {
+    Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
+    Tally tally(3, width), expected(3, width);
+    std::vector<std::int32_t> groups{0, 3, 1, -2, 2, std::numeric_limits<std::int32_t>::max()};
+    gpu.profile(profile_call(gate, up, product, groups, tally, 3));
+    CHECK(tally.flags[1] == 3, gpu.name);
+    groups = {0, -1, 1, -1, 2, -1};
+    gpu.profile(profile_call(gate, up, product, groups, expected, 3));
+    CHECK(tally.counts == expected.counts && tally.sums == expected.sums, gpu.name);
+  }
+}
+
+// Tables may hold anything: the kernel must neither leave memory nor write where it should not.
+void tables_of_nonsense_are_survived_on_a_gpu() {
+  std::uint32_t state = 1;
+  const auto random = [&state] { return state = state * 1664525u + 1013904223u; };
+  for (int round = 0; round < 200; ++round) {
+    const std::int64_t width = round % 2 ? 50 : 256;
+    Matrix gate(5, width, width, 1), product(5, width, width, 3);
+    std::vector<std::int32_t> sets(5), offsets(4), neurons(7);
+    for (auto* table : {&sets, &offsets, &neurons})
+      for (std::int32_t& entry : *table) {
+        const std::uint32_t drawn = random();
+        entry = static_cast<std::int32_t>(drawn % 3 ? drawn % 9 : drawn);
+      }
+    const std::vector<float> scale(7, 0.0f), shift(7, 1.0f);
+    std::int64_t flags[2] = {0, 0};
+    lapefast::EditCall call{};
+    call.dtype = DType::bfloat16;
+    call.activation = Activation::relu;
+    call.rows = 5;
+    call.width = width;
+    call.gate = gate.view();
+    call.product = product.view();
+    call.sets = {sets.data(), 5};
+    call.set_count = 3;
+    call.offsets = offsets.data();
+    call.capacity = 7;
+    call.neurons = neurons.data();
+    call.scale = scale.data();
+    call.shift = shift.data();
+    call.flags = flags;
+    gpu.edit(call);
+    for (std::int64_t row = 0; row < 5; ++row)
+      for (std::int64_t column = 0; column < width; ++column) {
+        const float value = widen(gate.at(row, column));
+        const std::uint16_t made = product.at(row, column);
+        CHECK(made == narrow(value < 0 ? 0.0f : value) || made == narrow(1.0f), gpu.name);
       }
   }
 }
+
+// Rows that lie more than 2^31 elements apart, in memory that is reserved but mostly never touched.
+void rows_far_apart_are_addressed_in_64_bits_on_a_gpu() {
+  const std::int64_t width = 256, stride = (std::int64_t{1} << 31) + 8, rows = 3;
+  const std::size_t bytes = 2 * ((rows - 1) * stride + width);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  CHECK(memory != MAP_FAILED, "");
+  if (memory == MAP_FAILED) return;
+  auto* data = static_cast<std::uint16_t*>(memory);
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t column = 0; column < width; ++column)
+      data[row * stride + column] = narrow(static_cast<float>(row + 1));
+  Matrix none(rows, width, width, 1), product(rows, width, width, 3);
+  Tally tally(1, width);
+  auto call = profile_call(none, none, product, {}, tally, 1);
+  call.gate = {data, stride};
+  call.up = {};
+  call.groups = {};
+  call.statistics.up_abs_sums = nullptr;
+  gpu.profile(call);
+  CHECK(tally.counts == std::vector<std::int64_t>(width, rows), gpu.name);
+  CHECK(tally.sums == std::vector<double>(width, 6.0), gpu.name);
+  munmap(memory, bytes);
+}
+#endif
 
 template <class Function>
 bool refuses(const Function& function) {
@@ -195,7 +295,7 @@ void a_bad_index_is_refused_before_anything_is_written(const std::string& isa) {
   }
 }
 
-void nonfinite_activations_are_counted(const std::string& isa) {
+void nonfinite_activations_are_counted(const Engine& engine) {
   for (const bool in_place : {false, true}) {
     Matrix gate(9, 70, 70, 1), up(9, 70, 70, 2), product(9, 70, 70, 3);
     gate.at(0, 0) = 0x7fc0;
@@ -203,8 +303,8 @@ void nonfinite_activations_are_counted(const std::string& isa) {
     gate.at(8, 3) = 0x7f80;
     Tally tally(1, 70);
     const std::vector<std::int32_t> groups{0, 0, 0, 0, 0, 0, 0, 0, -1};
-    lapefast::profile(profile_call(gate, up, in_place ? gate : product, groups, tally, 1), 1);
-    CHECK(tally.flags[0] == 2, isa);
+    engine.profile(profile_call(gate, up, in_place ? gate : product, groups, tally, 1));
+    CHECK(tally.flags[0] == 2, engine.name);
   }
 }
 
@@ -266,13 +366,23 @@ int main() {
   for (const std::string& isa : lapefast::available_isas()) {
     lapefast::select_isa(isa);
     CHECK(lapefast::isa() == isa, isa);
-    profile_equals_scalar_arithmetic(isa);
-    edit_touches_only_what_its_tables_name(isa);
+    const Engine engine{isa, [](const auto& call) { lapefast::profile(call, 1); },
+                        [](const auto& call) { lapefast::edit(call, 1); }};
+    profile_equals_scalar_arithmetic(engine);
+    edit_touches_only_what_its_tables_name(engine);
+    nonfinite_activations_are_counted(engine);
     a_bad_index_is_refused_before_anything_is_written(isa);
-    nonfinite_activations_are_counted(isa);
     several_threads_share_statistics(isa);
     results_do_not_depend_on_the_number_of_threads(isa);
   }
   CHECK(refuses([] { lapefast::select_isa("none"); }), "");
+#ifdef LAPEFAST_CUDA_ON_CPU
+  profile_equals_scalar_arithmetic(gpu);
+  edit_touches_only_what_its_tables_name(gpu);
+  nonfinite_activations_are_counted(gpu);
+  a_bad_group_is_skipped_and_counted_on_a_gpu();
+  tables_of_nonsense_are_survived_on_a_gpu();
+  rows_far_apart_are_addressed_in_64_bits_on_a_gpu();
+#endif
   return checks::failures ? 1 : 0;
 }

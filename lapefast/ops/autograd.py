@@ -83,6 +83,7 @@ def _autograd_kernel(
     op: torch._ops.OpOverload, compute: Callable[..., Any], recompute: Callable[..., Tensor] | None
 ) -> Callable[..., Any]:
     straight: set[int] = set()
+    in_place = op is declarations.profile_
 
     def run_below(keyset, arguments, options):
         with torch._C._AutoDispatchBelowAutograd():
@@ -91,9 +92,14 @@ def _autograd_kernel(
     def kernel(keyset, *arguments, **options):
         if forward_ad._current_level >= 0 and op is not declarations.observe:
             _refuse_tangents(op, arguments)
-        if recompute is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and op is not declarations.observe:
             gate, up = arguments[0], arguments[1]
             if gate.requires_grad or (up is not None and up.requires_grad):
+                if in_place:
+                    raise InputError(
+                        "profile_: gate or up requires grad while grad mode is on, and the "
+                        "product would be written over a tensor that backward needs; use profile."
+                    )
                 return _Recomputed.apply(
                     lambda *a, **k: run_below(keyset, a, k),
                     recompute,
@@ -103,32 +109,21 @@ def _autograd_kernel(
         # Where nothing stands between autograd and the kernel (no mode, no transform), a second
         # trip through the dispatcher is saved: it costs as much as the rest of a small call.
         if keyset.raw_repr() in straight:
-            return compute(*arguments, **options)
-        if (keyset & _BELOW_AUTOGRAD).highestPriorityTypeId() in _KERNEL_KEYS:
-            straight.add(keyset.raw_repr())
-        return run_below(keyset, arguments, options)
+            result = compute(*arguments, **options)
+        else:
+            if (keyset & _BELOW_AUTOGRAD).highestPriorityTypeId() in _KERNEL_KEYS:
+                straight.add(keyset.raw_repr())
+            result = run_below(keyset, arguments, options)
+        if in_place:
+            torch.autograd.graph.increment_version(arguments[0])
+        return result
 
     return kernel
 
 
-def _in_place_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def checked(keyset, gate, up, *rest, **options):
-        if torch.is_grad_enabled() and (
-            gate.requires_grad or (up is not None and up.requires_grad)
-        ):
-            raise InputError(
-                "profile_: gate or up requires grad while grad mode is on, and the product would "
-                "be written over a tensor that backward needs; use profile."
-            )
-        result = kernel(keyset, gate, up, *rest, **options)
-        torch.autograd.graph.increment_version(gate)
-        return result
-
-    return checked
-
-
 for _op, _compute, _recompute in (
     (declarations.profile, declarations.compute_profile, _product),
+    (declarations.profile_, declarations.compute_profile_, None),
     (declarations.edit, declarations.compute_edit, _edited_product),
     (declarations.observe, declarations.compute_observe, None),
 ):
@@ -138,9 +133,3 @@ for _op, _compute, _recompute in (
         "Autograd",
         with_keyset=True,
     )
-declarations.LIBRARY.impl(
-    "profile_",
-    _in_place_kernel(_autograd_kernel(declarations.profile_, declarations.compute_profile_, None)),
-    "Autograd",
-    with_keyset=True,
-)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lapefast.errors import InputError
 from lapefast.ops.activations import ACTIVATIONS
+from lapefast.ops.rows import collapsible
 
-__all__ = ["check_edit", "check_statistics", "check_writable", "collapsible"]
+__all__ = ["check_edit", "check_statistics", "check_writable"]
 
 _TWO = (2,)
 
@@ -122,25 +123,6 @@ def check_writable(gate: Tensor) -> None:
             f"not overlap, got strides {tuple(gate.stride())} for shape {tuple(gate.shape)}; "
             "use profile."
         )
-
-
-def collapsible(tensor: Tensor) -> int | None:
-    """The row stride of `tensor` seen as [rows, width]; None if it has no single one."""
-    shape, stride = tensor.shape, tensor.stride()
-    if tensor.is_contiguous():
-        return shape[-1]
-    if stride[-1] != 1 and shape[-1] > 1:
-        return None
-    row_stride, extent = shape[-1], None
-    for size, step in zip(reversed(shape[:-1]), reversed(stride[:-1]), strict=True):
-        if size == 1:
-            continue
-        if extent is None:
-            row_stride = step
-        elif step != extent:
-            return None
-        extent = step * size
-    return row_stride
 
 
 def _check_inputs(

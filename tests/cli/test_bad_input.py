@@ -274,7 +274,10 @@ def test_a_level_of_messages_that_there_is_not(lapefast, monkeypatch):
 
 def test_a_backend_that_there_is_not(lapefast, monkeypatch):
     monkeypatch.setenv("LAPEFAST_BACKEND", "abacus")
-    refused(lapefast("doctor"), "backend must be one of auto, cpu, reference, got 'abacus'")
+    refused(
+        lapefast("doctor"),
+        "backend must be one of auto, cpu, cuda, triton, reference, got 'abacus'",
+    )
 
 
 def test_a_label_that_the_terminal_cannot_write_is_escaped(lapefast, made, tmp_path, monkeypatch):

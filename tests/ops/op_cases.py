@@ -18,8 +18,10 @@ def named(dtype: torch.dtype) -> str:
 
 
 def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * 3).to(dtype)
+    """Normal numbers on the default device; the same ones on each."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(*shape, generator=generator, device="cpu") * 3
+    return numbers.to(dtype).to(torch.get_default_device())
 
 
 def _contiguous(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,13 @@ class Tally:
         return self.counts, self.sums, self.square_sums, self.flags
 
 
+def same_sums(got: Tensor, expected: Tensor) -> bool:
+    """Equal; on a GPU, where the order of float64 additions is not fixed, but for 1e-12."""
+    if got.is_cpu:
+        return torch.equal(got, expected)
+    return torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def row_groups(rows: int, groups: int) -> Tensor:
     """Changing at every row in the first half, in runs in the second, with -1 between."""
     half = rows // 2
@@ -159,6 +168,7 @@ def edits_for(width: int) -> Edits:
     )
 
 
-def run_edit(gate, up, activation, sets, tables, *, backend="auto") -> Tensor:
-    flags = torch.zeros(2, dtype=torch.int64)
+def run_edit(gate, up, activation, sets, tables, *, flags=None, backend="auto") -> Tensor:
+    if flags is None:
+        flags = torch.zeros(2, dtype=torch.int64)
     return ops.edit(gate, up, activation, sets, *tables, flags, backend=backend)

@@ -73,6 +73,7 @@ struct EditCall {
   const std::int32_t* neurons;  // [capacity], ascending within a set
   const float* scale;           // [capacity]
   const float* shift;           // [capacity]
+  std::int64_t* flags;
 };
 
 // Rows that are summed up in float32 before they are added to the statistics in float64, counted

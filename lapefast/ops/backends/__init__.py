@@ -1,4 +1,7 @@
-"""Who computes the ops: `cpu` (the native library) or `reference` (plain PyTorch)."""
+"""Who computes the ops.
+
+`cpu` and `cuda` (the native library), `triton`, or `reference` (plain PyTorch).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,21 @@ import logging
 from types import ModuleType
 
 from lapefast.errors import InputError
-from lapefast.ops.backends import cpu, reference
+from lapefast.ops.backends import cpu, cuda, reference, triton
 
 __all__ = ["BACKENDS", "backend_for", "why_not"]
 
 _log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
+# What "auto" tries, in this order. Triton's interpreter serves the CPU too, but only for tests.
+_BEST = {"cpu": ("cpu", "reference")}
+_BEST_ELSEWHERE = ("cuda", "triton", "reference")
 
 
 @functools.cache
@@ -23,12 +34,14 @@ def backend_for(name: str, device_type: str) -> ModuleType:
     Raises InputError if there is none of that name or it cannot serve the device.
     """
     if name == "auto":
-        reason = why_not("cpu", device_type)
-        if reason is None:
-            return cpu
-        if device_type == "cpu":
-            _log.warning("Ops run on the slower reference backend: %s", reason)
-        return reference
+        reasons = {
+            other: why_not(other, device_type) for other in _BEST.get(device_type, _BEST_ELSEWHERE)
+        }
+        best = next(other for other, reason in reasons.items() if reason is None)
+        if best == "reference":
+            why = " ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
+            _log.warning("Ops run on the slower reference backend. %s", why)
+        return BACKENDS[best]
     if name not in BACKENDS:
         raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}.")
     reason = why_not(name, device_type)
