@@ -10,19 +10,22 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 # A changed torch requirement makes another stamp, and so another installation.
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 
-.PHONY: demo test test-all test-long test-cpp test-sanitizers test-wheel test-transformers4 \
-	bench lint clean
+BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0
+
+.PHONY: demo test test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
+	test-wheel test-transformers4 bench gpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
 # Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-long test-transformers4 test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
+test test-long test-cuda-on-cpu test-triton test-transformers4 test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not long"
 
-test-all: test lint test-long test-cpp test-sanitizers test-wheel test-transformers4
+test-all: test lint test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton test-wheel \
+	test-transformers4
 
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m long
@@ -34,6 +37,14 @@ test-cpp: $(VENV)/.ready
 test-sanitizers: $(VENV)/.ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh address,undefined thread
 
+# The GPU's kernels without a GPU: CUDA C++ compiled for the CPU, Triton in its interpreter. (What
+# they compile to for a GPU is read in tests/kernels_compiled, by `make test`.)
+test-cuda-on-cpu: $(VENV)/.ready
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cuda_on_cpu.sh
+
+test-triton: $(VENV)/.ready
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/triton_interpreted.sh
+
 # A wheel from a clean copy, built in isolation, tested in an environment and directory of its own;
 # then the same without the native library.
 test-wheel: $(VENV)/.ready
@@ -42,10 +53,12 @@ test-wheel: $(VENV)/.ready
 test-transformers4: $(VENV)/.ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
 
-bench: $(VENV)/.ready
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0 \
-		--benchmark-json=benchmarks/results/cpu.json --benchmark-quiet -q
+bench: $(VENV)/.bench-ready
+	$(BENCH) --benchmark-quiet -q -rs
+
+# On a machine with an NVIDIA GPU and everything installed but lapefast; needs no network.
+gpu:
+	PYTHON=$(PYTHON) sh tests/gpu.sh
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -64,4 +77,9 @@ $(TORCH_STAMP):
 # The native library is built here, in isolation and without torch.
 $(VENV)/.ready: $(TORCH_STAMP) $(SOURCES)
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# The libraries that the benchmark compares with.
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(PIP) --editable '.[bench]'
 	touch $@

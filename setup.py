@@ -6,6 +6,7 @@ LAPEFAST_BUILD_NATIVE=0 leaves the library out: ops then run on the reference ba
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if _has("ninja") else []
         _run(
             ["cmake", "-S", str(source), "-B", str(build), *generator]
+            + shlex.split(os.environ.get("CMAKE_ARGS", ""))
             + [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         )
         _run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from reporting import quartiles
 
-from lapefast.report.figures import _COLUMN, _STYLE, _write
+from lapefast.report.figures import COLUMN, STYLE, write
 
 _COLUMNS = 3
 _TICKS = 4
@@ -39,8 +39,8 @@ def draw(results: Path) -> list[Path]:
     about, rows = held["about"], -(-len(curves) // _COLUMNS)
     folder = results.parent / "figures"
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure((2 * _COLUMN, rows * 0.6 * _COLUMN), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((2 * COLUMN, rows * 0.6 * COLUMN), layout="constrained")
         panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
         for axes, (curve, series) in zip(panels, curves.items(), strict=False):
             _draw_curve(axes, curve, series)
@@ -57,7 +57,7 @@ def draw(results: Path) -> list[Path]:
             f"commit {(about['commit'] or 'unknown')[:10]}{changed}",
             fontsize=7,
         )
-        return [_write(figure, folder / f"{results.stem}-scaling{end}") for end in (".png", ".svg")]
+        return [write(figure, folder / f"{results.stem}-scaling{end}") for end in (".png", ".svg")]
 
 
 def _draw_curve(axes: Axes, curve: str, series: Series) -> None:

@@ -1,5 +1,8 @@
+"""The tests run on the CPU backend, or on another: `--backend triton --device cuda`."""
+
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -7,9 +10,38 @@ import pytest
 import torch
 import transformers
 
+from lapefast.ops.backends import cuda, native
+
 # Helpers of the tests (`tests/models/families.py`) are imported as modules of their own.
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 transformers.logging.set_verbosity_error()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", default="cpu", help="whose ops are tested")
+    parser.addoption("--device", default="cpu", help="where the tensors of the ops' tests are")
+    parser.addoption(
+        "--cuda-on-cpu", help="a native library whose GPU kernels run on a CPU, to test `cuda` with"
+    )
+
+
+def pytest_configure(config):
+    path = config.getoption("--cuda-on-cpu")
+    if path:
+        spec = importlib.util.spec_from_file_location("lapefast._native", path)
+        native.library = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native.library)
+        cuda.why_not = lambda device_type: None
+
+
+@pytest.fixture(scope="session")
+def backend(request) -> str:
+    return request.config.getoption("--backend")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,21 @@
 
 namespace lapefast::cuda {
 
+// numerator / (1 + e), with e not below 0. The IEEE division has a rare path of its own behind a
+// branch for every element, three times the instructions of all the rest of SiLU. For what is
+// rounded to a half type after it, one Newton step on the nearest reciprocal is as good; a quarter
+// of both sides keeps the reciprocal of the largest denominators above zero. Where the numerator or
+// the denominator is infinite the step is NaN, and the first quotient is right already.
+template <class Format>
+__device__ inline float over_one_plus(float numerator, float e) {
+  if constexpr (!Format::is_half) return numerator / (1.0f + e);
+  const float part = 0.25f * numerator, whole = 0.25f * (1.0f + e);
+  const float reciprocal = reciprocal_nearly(whole);
+  const float quotient = part * reciprocal;
+  const float rest = fmaf(-whole, quotient, part);
+  return rest == rest ? fmaf(rest, reciprocal, quotient) : quotient;
+}
+
 // As torch.clamp_min(x, 0): NaN stays.
 __device__ inline float relu(float x) { return x != x ? x : fmaxf(x, 0.0f); }
 
@@ -19,7 +34,8 @@ __device__ inline float activate(float x) {
   if constexpr (activation == Activation::identity) {
     return x;
   } else if constexpr (activation == Activation::silu) {
-    return x / (1.0f + expf(-x));
+    const float e = Format::takes_short_exp ? exp2_nearly(x * -1.44269504f) : expf(-x);
+    return over_one_plus<Format>(x, e);
   } else if constexpr (activation == Activation::relu) {
     return relu(x);
   } else if constexpr (activation == Activation::relu_squared) {
@@ -40,7 +56,7 @@ __device__ inline float activate(float x) {
   } else {
     static_assert(activation == Activation::quick_gelu);
     const float scaled = Format::round(x * 1.702f);
-    return x * Format::round(1.0f / (1.0f + expf(-scaled)));
+    return x * Format::round(over_one_plus<Format>(1.0f, expf(-scaled)));
   }
 }
 

@@ -109,6 +109,30 @@ __device__ inline float widen_float16(std::uint32_t bits) {
 #endif
 }
 
+// 1 / x within one unit in the last place, in one instruction; 0 where that is below 2^-126.
+__device__ inline float reciprocal_nearly(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = 1.0f / x;
+  return fabsf(result) < 0x1p-126f ? copysignf(0.0f, result) : result;
+#endif
+}
+
+// 2^x within two units in the last place, in one instruction; 0 where that is below 2^-126.
+__device__ inline float exp2_nearly(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0.0f : result;
+#endif
+}
+
 __device__ inline void add(std::int64_t* to, std::int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }

@@ -25,7 +25,7 @@ template <int count>
 __device__ __forceinline__ void look_up(const EditCall& call, std::int32_t set, std::int64_t column,
                                         LaneEdits<count>& edits) {
   edits.chosen = 0;
-  if (set < 0 || set >= call.set_count) return;
+  if (set < 0) return;
   std::int32_t start = clamp(call.offsets[set], 0, call.capacity);
   const std::int32_t stop = clamp(call.offsets[set + 1], start, call.capacity);
 #pragma unroll 1
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(lanes* warps) edit_kernel(const EditCall call,
   if (at.column >= call.width) return;
   LaneEdits<count> edits;
   std::int32_t held = -1;  // the set whose edits `edits` holds
-  int outside_rows = 0;
+  Indices sets(call.sets, call.set_count, at);
+  Cursor<Format> gate_at(call.gate, at), up_at(call.up, at), made_at(call.product, at);
   for (std::int64_t row = at.first_row; row < at.end_row; ++row) {
-    const Vector gate = Vector::load(address<Format>(call.gate, row, at.column));
+    const Vector gate = Vector::load(gate_at.ahead(0));
     Vector up;
-    if (call.up.data) up = Vector::load(address<Format>(call.up, row, at.column));
-    const std::int32_t set = index_of(call.sets, row);
-    outside_rows += outside(call.sets, row, set, call.set_count, at);
+    if (call.up.data) up = Vector::load(up_at.ahead(0));
+    const std::int32_t set = sets.of(row);
     if (set != held) {
       look_up(call, set, at.column, edits);
       held = set;
@@ -100,9 +100,12 @@ __global__ void __launch_bounds__(lanes* warps) edit_kernel(const EditCall call,
 #pragma unroll
       for (int element = 0; element < count; ++element) values[element] *= factors[element];
     }
-    Vector::nearest(values).store(address<Format>(call.product, row, at.column));
+    Vector::nearest(values).store(made_at.ahead(0));
+    gate_at.advance(1);
+    up_at.advance(1);
+    made_at.advance(1);
   }
-  if (outside_rows) add(call.flags + 1, outside_rows);
+  sets.report(call.flags, at);
 }
 
 }  // namespace lapefast::cuda

@@ -99,7 +99,9 @@ __global__ void __launch_bounds__(lanes* warps)
   Partial<count> partial;
   partial.clear();
   std::int32_t held = -1;  // the group whose results `partial` holds
-  int nonfinite = 0, outside_rows = 0;
+  int nonfinite = 0;
+  Indices groups_of_rows(call.groups, limit, at);
+  Cursor<Format> gate(call.gate, at), up(call.up, at), made(call.product, at);
 
   // `rows` rows from `row` on.
   const auto walk = [&](std::int64_t row, auto rows) {
@@ -107,15 +109,12 @@ __global__ void __launch_bounds__(lanes* warps)
 #pragma unroll
     for (int ahead = 0; ahead < rows; ++ahead) {
       if (!inside) break;
-      gates[ahead] = Vector::load(address<Format>(call.gate, row + ahead, at.column));
-      if constexpr (gated)
-        ups[ahead] = Vector::load(address<Format>(call.up, row + ahead, at.column));
+      gates[ahead] = Vector::load(gate.ahead(ahead));
+      if constexpr (gated) ups[ahead] = Vector::load(up.ahead(ahead));
     }
 #pragma unroll
     for (int ahead = 0; ahead < rows; ++ahead) {
-      const std::int32_t index = index_of(call.groups, row + ahead);
-      const std::int32_t group = index >= 0 && index < limit ? index : -1;
-      outside_rows += outside(call.groups, row + ahead, index, limit, at);
+      const std::int32_t group = groups_of_rows.of(row + ahead);
       if (!inside) continue;
       float values[count];
       gates[ahead].unpack(values);
@@ -161,9 +160,11 @@ __global__ void __launch_bounds__(lanes* warps)
             partial.square_sums[element] += values[element] * values[element];
         }
       }
-      if (gated || call.product.data)
-        product.store(address<Format>(call.product, row + ahead, at.column));
+      if (gated || call.product.data) product.store(made.ahead(ahead));
     }
+    gate.advance(rows);
+    up.advance(rows);
+    made.advance(rows);
   };
   std::int64_t row = at.first_row;
   for (; row + rows_in_flight <= at.end_row; row += rows_in_flight)
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(lanes* warps)
   for (; row < at.end_row; ++row) walk(row, std::integral_constant<int, 1>{});
 
   if (nonfinite) add(call.flags, nonfinite);
-  if (outside_rows) add(call.flags + 1, outside_rows);
+  groups_of_rows.report(call.flags, at);
   if constexpr (has_counts(wanted)) {
     __shared__ std::int32_t groups[warps];
     __shared__ int whole[warps][tile_columns<count>];

@@ -35,22 +35,51 @@ __device__ inline Place place(std::int64_t rows, std::int64_t width, int run) {
   return place;
 }
 
-// The index of a row. It never becomes an address before it was compared with the number of groups
-// or sets; the same for all lanes of a warp.
-__device__ inline std::int32_t index_of(const RowIndex& index, std::int64_t row) {
-  return index.data ? index.data[index.size == 1 ? 0 : row] : 0;
-}
+// The indices of the rows of one warp, the same for all its lanes. None becomes an address before
+// it was compared with the number of groups or sets.
+class Indices {
+ public:
+  __device__ Indices(const RowIndex& index, std::int64_t limit, const Place& place)
+      : each_(index.data && index.size != 1 ? index.data : nullptr),
+        limit_(limit < INT32_MAX ? static_cast<std::int32_t>(limit) : INT32_MAX),
+        one_(index.data && !each_ ? index.data[0] : 0),
+        outside_(0) {
+    // One index for all is outside once, where the first row is.
+    if (!each_) one_ = checked(one_, place.first_row == 0);
+  }
 
-// 1 where the index of this row is outside [-1, limit), said by one thread of the grid.
-__device__ inline int outside(const RowIndex& index, std::int64_t row, std::int32_t value,
-                              std::int64_t limit, const Place& at) {
-  if (value >= -1 && value < limit) return 0;
-  return at.column == 0 && (row == 0 || (index.data && index.size != 1));
-}
+  // That of a row, or -1 where there is none or it is out of range.
+  __device__ std::int32_t of(std::int64_t row) { return each_ ? checked(each_[row], true) : one_; }
 
+  // Counts those out of range, by one thread of those that saw them.
+  __device__ void report(std::int64_t* flags, const Place& place) const {
+    if (outside_ && place.column == 0) add(flags + 1, outside_);
+  }
+
+ private:
+  __device__ std::int32_t checked(std::int32_t value, bool counts) {
+    outside_ += counts && (value < -1 || value >= limit_);
+    return value < limit_ ? value < 0 ? -1 : value : -1;
+  }
+
+  const std::int32_t* each_;
+  std::int32_t limit_, one_, outside_;
+};
+
+// A row that a warp has come to, at the lane's columns.
 template <class Format>
-__device__ inline char* address(const Rows& rows, std::int64_t row, std::int64_t column) {
-  return static_cast<char*>(rows.data) + (row * rows.stride + column) * Format::size;
-}
+class Cursor {
+ public:
+  __device__ Cursor(const Rows& rows, const Place& place)
+      : at_(static_cast<char*>(rows.data) +
+            (place.first_row * rows.stride + place.column) * Format::size),
+        step_(rows.stride * Format::size) {}
+  __device__ char* ahead(int rows) const { return at_ + rows * step_; }
+  __device__ void advance(int rows) { at_ += rows * step_; }
+
+ private:
+  char* at_;
+  std::int64_t step_;
+};
 
 }  // namespace lapefast::cuda

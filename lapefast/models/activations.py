@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lapefast.ops.exact import exact_dtypes
+
 # By module and class, exact types only: a subclass may compute something else. transformers is not
 # imported for this. What a name computes is said in lapefast/ops.
 _KERNELS = {
@@ -31,19 +33,16 @@ def kernel_name(activation: nn.Module) -> str | None:
 
 
 def fused_dtypes(
-    activation: nn.Module, device: torch.device, exact: bool
+    activation: nn.Module, device: torch.device, backend: str, exact: bool
 ) -> tuple[str, frozenset[torch.dtype]]:
     """The kernel's name and the dtypes in which it computes ``activation`` itself.
 
     In other dtypes the module runs and the kernel reads its output. With ``exact`` only what is
     proven bit-equal on every value is fused; without it, all that a kernel exists for.
     """
-    from lapefast.ops.exact import FUSED
-
     name = kernel_name(activation)
     if name is None:
         return "identity", frozenset()
     if not exact:
         return name, frozenset({torch.float32, torch.float16, torch.bfloat16})
-    dtypes = {dtype for kernel, dtype, kind in FUSED if (kernel, kind) == (name, device.type)}
-    return name, frozenset(dtypes)
+    return name, exact_dtypes(name, activation, device, backend)

@@ -102,13 +102,17 @@ class SiteState:
 
     def choose_kernel(self, activation: nn.Module, device: torch.device) -> None:
         """Decide, for what is placed now, in which dtypes the kernel computes the activation."""
-        if not self.foreign:
-            self.kernel, self.fused = fused_dtypes(activation, device, self.exact)
+        backend = next((role.backend for role in self._roles()), None)
+        if backend is not None and not self.foreign:
+            self.kernel, self.fused = fused_dtypes(activation, device, backend, self.exact)
 
     @property
     def exact(self) -> bool:
         """Whether outputs must equal the model's own bit for bit."""
-        return all(role.exact for role in (self.statistics, self.edits) if role is not None)
+        return all(role.exact for role in self._roles())
+
+    def _roles(self) -> list[SiteStatistics | SiteEdits]:
+        return [role for role in (self.statistics, self.edits) if role is not None]
 
     def original(self, module: nn.Module) -> Any:
         """The forward that was there before."""

@@ -17,16 +17,16 @@ from lapefast.files import write_atomically
 from lapefast.neurons import NeuronSets
 from lapefast.report.fonts import drawable
 
-__all__ = ["draw_matrix", "draw_neurons"]
+__all__ = ["COLUMN", "STYLE", "draw_matrix", "draw_neurons", "write"]
 
-_COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
+COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
 _ROW = 0.23
 _LOWEST = 1.4  # what the names of the axes need
 _CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
 _BESIDE = 1.0  # inches, for the colour bar and the name of the axis
 _LONGEST = 16  # characters shown of a label
 _NUMBERED = 12  # columns whose cells show their numbers
-_STYLE = {
+STYLE = {
     "font.size": 7,
     "axes.labelsize": 7,
     "xtick.labelsize": 7,
@@ -98,10 +98,10 @@ def _draw_cells(
     numbered = len(columns) <= _NUMBERED
     step = 1 if numbered else max(1, len(columns) // 8)
     beside = _BESIDE + _inches(rows)
-    width = max(_COLUMN, beside + (_inches(texts) * len(columns) if numbered else _COLUMN / 2))
+    width = max(COLUMN, beside + (_inches(texts) * len(columns) if numbered else COLUMN / 2))
     upright = _inches(columns) > step * (width - beside) / len(columns)
     height = max(_LOWEST, 0.55 + _ROW * len(rows)) + (_inches(columns) if upright else 0)
-    with matplotlib.rc_context({**_STYLE, "font.family": families}):
+    with matplotlib.rc_context({**STYLE, "font.family": families}):
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
@@ -116,7 +116,7 @@ def _draw_cells(
         axes.set_ylabel(titles[1])
         bar = figure.colorbar(image, ax=axes, label=titles[2], fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        return [_write(figure, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
+        return [write(figure, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
 
 
 def _shortened(names: Sequence[str]) -> list[str]:
@@ -151,7 +151,7 @@ def _write_numbers(
         )
 
 
-def _write(figure: Figure, path: Path) -> Path:
+def write(figure: Figure, path: Path) -> Path:
     kind = path.suffix[1:]
     # Without a date the same figure gives the same file.
     metadata = {"Date": None} if kind == "svg" else None

@@ -1,4 +1,4 @@
-"""The tests of the ops run on the CPU backend, or on another: `--backend triton --device cuda`."""
+"""What the backend and the device of the tests (`--backend`, `--device`) mean for the ops."""
 
 from __future__ import annotations
 
@@ -7,22 +7,6 @@ import contextlib
 import numpy
 import pytest
 import torch
-
-
-def pytest_addoption(parser):
-    parser.addoption("--backend", default="cpu", help="whose ops are tested")
-    parser.addoption("--device", default="cpu", help="where the tensors of these tests are")
-
-
-@pytest.fixture(scope="session")
-def backend(request) -> str:
-    # Unknown where pytest was started on the whole of tests/ and read this file later.
-    return request.config.getoption("backend", "cpu")
-
-
-@pytest.fixture(scope="session")
-def device(request) -> torch.device:
-    return torch.device(request.config.getoption("device", "cpu"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import activations
 
 from lapefast import _native, ops
+from lapefast.ops.exact import exact_dtypes, is_exact
 
 # Every class that the package takes for the activation of that name.
 MODULES = {
@@ -26,38 +27,14 @@ MODULES = {
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def every_value(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All 65,536 bit patterns: contiguous, in rows apart, and every third element."""
-    contiguous = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
-    contiguous = contiguous.reshape(256, 256)
-    rows = torch.empty(256, 300, dtype=dtype)[:, :256].copy_(contiguous)
-    spaced = torch.empty(256, 256, 3, dtype=dtype)[..., 1].copy_(contiguous)
-    return {"contiguous": contiguous, "rows": rows, "spaced": spaced}
-
-
-def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit, the sign of zero included; every NaN is as good as another."""
-    equal = got.contiguous().view(torch.int16) == expected.contiguous().view(torch.int16)
-    return bool((equal | (got.isnan() & expected.isnan())).all())
-
-
-def computed(gate: torch.Tensor, name: str) -> torch.Tensor:
-    flags = torch.zeros(2, dtype=torch.int64)
-    return ops.profile(gate, None, name, 0.0, None, None, None, None, None, flags, backend="cpu")
-
-
 def proven() -> set[tuple[str, torch.dtype, str]]:
-    found = set()
-    for dtype in HALVES:
-        layouts = every_value(dtype)
-        for name, modules in MODULES.items():
-            if all(
-                same_bits(computed(gate, name), module()(gate))
-                for module in modules
-                for gate in layouts.values()
-            ):
-                found.add((name, dtype, "cpu"))
-    return found
+    cpu = torch.device("cpu")
+    return {
+        (name, dtype, "cpu")
+        for dtype in HALVES
+        for name, modules in MODULES.items()
+        if all(is_exact(name, module(), dtype, cpu, "cpu") for module in modules)
+    }
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
@@ -80,6 +57,35 @@ def written(entries) -> list[str]:
 
 def test_every_activation_has_the_modules_it_is_compared_with():
     assert set(MODULES) == set(ops.ACTIVATIONS) - {"identity"}
+
+
+def test_a_kernel_that_differs_on_one_value_is_not_exact():
+    class OffByOne(nn.SiLU):
+        def forward(self, gate):
+            return torch.where(gate == 1.5, gate, super().forward(gate))
+
+    cpu = torch.device("cpu")
+    assert is_exact("silu", nn.SiLU(), torch.bfloat16, cpu, "cpu")
+    assert not is_exact("silu", OffByOne(), torch.bfloat16, cpu, "cpu")
+
+
+def test_on_other_devices_the_comparison_runs_there_once_for_each_class(monkeypatch):
+    # A device that is none of torch's CPU type but computes like it.
+    runs = []
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    def compared(activation, module, dtype, device, backend):
+        runs.append((activation, dtype, backend))
+        return dtype is torch.bfloat16
+
+    monkeypatch.setattr("lapefast.ops.exact.is_exact", compared)
+    monkeypatch.setattr("lapefast.ops.exact._found", {})
+    device = Elsewhere()
+    for _ in range(2):
+        assert exact_dtypes("silu", nn.SiLU(), device, "triton") == {torch.bfloat16}
+    assert len(runs) == 2
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ for target in TARGETS.values():
 
 def test_interpreted_kernels_are_not_compiled(interpreter):
     import torch
+
     from lapefast.triton_kernels.ahead_of_time import TARGETS, compile_for
 
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):

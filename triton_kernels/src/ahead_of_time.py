@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from lapefast.triton_kernels.activations import INTERPRETED
 from lapefast.triton_kernels.edit import edit_kernel
 from lapefast.triton_kernels.profile import profile_kernel
 from lapefast.triton_kernels.rows import VECTOR, launch_options, tile_of
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 __all__ = ["TARGETS", "compile_for", "specialisations"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lapefast.triton_kernels.activations import activate, narrow, rounded, widen
 from lapefast.triton_kernels.rows import (
     count_outside,
@@ -14,7 +16,6 @@ from lapefast.triton_kernels.rows import (
     step_of,
     tile_of,
 )
-from torch import Tensor
 
 __all__ = ["edit", "edit_kernel"]
 

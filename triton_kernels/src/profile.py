@@ -6,6 +6,8 @@ import ctypes
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lapefast.triton_kernels.activations import activate, narrow, rounded, widen
 from lapefast.triton_kernels.rows import (
     add,
@@ -17,7 +19,6 @@ from lapefast.triton_kernels.rows import (
     step_of,
     tile_of,
 )
-from torch import Tensor
 
 __all__ = ["profile", "profile_kernel"]
 

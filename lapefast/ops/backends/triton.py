@@ -14,7 +14,7 @@ from lapefast.ops.rows import in_rows
 __all__ = ["edit", "observe", "profile", "profile_", "why_not"]
 
 _LARGEST_GROUP = 2**31 - 1
-_OLDEST = (3, 6)  # compiled and interpreted kernels were tried with this version and later ones
+_OLDEST = (3, 6)  # the oldest that the tests were run with; its interpreter needs NumPy below 2.4
 
 
 def why_not(device_type: str) -> str | None:
