@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 
-from lapefast.ops.backends import cuda, native
-
 # Helpers of the tests (`tests/models/families.py`) are imported as modules of their own.
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 transformers.logging.set_verbosity_error()
@@ -28,9 +26,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     path = config.getoption("--cuda-on-cpu")
     if path:
+        # In place of the installed one, before anything has imported that.
+        assert "lapefast" not in sys.modules
         spec = importlib.util.spec_from_file_location("lapefast._native", path)
-        native.library = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(native.library)
+        sys.modules["lapefast._native"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["lapefast._native"])
+        from lapefast.ops.backends import cuda, native
+
+        assert native.library.__file__ == path
         cuda.why_not = lambda device_type: None
 
 

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(lanes* warps)
   const Statistics& s = call.statistics;
   // Without statistics there is nothing that a group could miss.
   const std::int64_t limit =
-      s.counts || s.sums || s.square_sums || s.up_abs_sums ? s.groups : INT32_MAX;
+      s.counts || s.sums || s.square_sums || s.up_abs_sums ? s.groups : INT64_MAX;
   const Place at = place<count>(call.rows, call.width, run);
   const bool inside = at.column < call.width;
   Partial<count> partial;

@@ -41,7 +41,7 @@ class Indices {
  public:
   __device__ Indices(const RowIndex& index, std::int64_t limit, const Place& place)
       : each_(index.data && index.size != 1 ? index.data : nullptr),
-        limit_(limit < INT32_MAX ? static_cast<std::int32_t>(limit) : INT32_MAX),
+        last_(limit <= INT32_MAX ? static_cast<std::int32_t>(limit) - 1 : INT32_MAX),
         one_(index.data && !each_ ? index.data[0] : 0),
         outside_(0) {
     // One index for all is outside once, where the first row is.
@@ -58,12 +58,12 @@ class Indices {
 
  private:
   __device__ std::int32_t checked(std::int32_t value, bool counts) {
-    outside_ += counts && (value < -1 || value >= limit_);
-    return value < limit_ ? value < 0 ? -1 : value : -1;
+    outside_ += counts && (value < -1 || value > last_);
+    return value <= last_ ? value < 0 ? -1 : value : -1;
   }
 
   const std::int32_t* each_;
-  std::int32_t limit_, one_, outside_;
+  std::int32_t last_, one_, outside_;
 };
 
 // A row that a warp has come to, at the lane's columns.
