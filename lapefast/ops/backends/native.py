@@ -56,14 +56,18 @@ def profile(
 ) -> Tensor:
     """See `declarations.compute_profile`."""
     # Written out, as is the rest of this way: of a small call, every name passed on costs.
-    product = _empty(gate)
-    if not gate.is_contiguous():
-        gate = in_rows(gate)
+    if gate.is_contiguous():
+        product = torch.empty_like(gate)
+    else:
+        product, gate = _empty(gate), in_rows(gate)
     if up is not None and not up.is_contiguous():
         up = in_rows(up)
+    rows, width, _ = size
+    small = rows * width < _ONE_THREAD_BELOW and gate.is_cpu
     library.profile(
         gate, up, product, _ACTIVATIONS[activation], threshold,
-        groups, counts, sums, square_sums, up_abs_sums, flags, _resource(size, gate),
+        groups, counts, sums, square_sums, up_abs_sums, flags,
+        1 if small else _resource(size, gate),
     )  # fmt: skip
     return product
 
