@@ -10,7 +10,8 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 # A changed torch requirement makes another stamp, and so another installation.
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 
-BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0
+PYTEST := $(BIN)/python -m pytest --timeout=300
+BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
 .PHONY: demo test test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
 	test-wheel test-transformers4 bench gpu lint clean
@@ -22,13 +23,13 @@ demo: $(VENV)/.ready
 test test-long test-cuda-on-cpu test-triton test-transformers4 test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-all: test lint test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton test-wheel \
 	test-transformers4
 
 test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 test-cpp: $(VENV)/.ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh release

@@ -10,20 +10,20 @@ check() { # what, command...
     "$@" || failed="$failed, $what"
 }
 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . || exit 1
-"$PYTHON" -m lapefast doctor
+"$PYTHON" -c "from lapefast.doctor import diagnose; print(diagnose())"
 for backend in cuda triton; do
-    check "ops on $backend" "$PYTHON" -m pytest -q -o timeout=0 tests/ops/test_op_profile.py \
+    check "ops on $backend" "$PYTHON" -m pytest -q tests/ops/test_op_profile.py \
         tests/ops/test_op_edit.py --device cuda --backend $backend
-    check "models on $backend" "$PYTHON" -m pytest -q -o timeout=0 tests/models/test_on_device.py \
+    check "models on $backend" "$PYTHON" -m pytest -q tests/models/test_on_device.py \
         --device cuda --backend $backend
 done
 if command -v compute-sanitizer >/dev/null; then
     check "compute-sanitizer" compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q \
-        -o timeout=0 tests/ops/test_op_profile.py tests/ops/test_op_edit.py \
+        tests/ops/test_op_profile.py tests/ops/test_op_edit.py \
         -k "unaligned or fused" --device cuda --backend cuda
 else
     echo "compute-sanitizer is not installed here: not run"
 fi
-check "benchmark" "$PYTHON" -m pytest benchmarks -o python_files="bench_*.py" -o timeout=0 \
+check "benchmark" "$PYTHON" -m pytest benchmarks -o python_files="bench_*.py" \
     --benchmark-quiet -q -rs --device cuda
 [ -z "$failed" ] || { echo "failed: ${failed#, }"; exit 1; }

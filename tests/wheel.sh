@@ -12,7 +12,7 @@ check() { # environment, wheel, what to run
     "$PYTHON" -m venv "$1"
     "$1/bin/python" -m pip install --quiet "$TORCH"
     "$1/bin/python" -m pip install --quiet "$2[test]"
-    (cd "$work" && "$1/bin/lapefast" doctor && "$1/bin/python" -m pytest -q -p no:cacheprovider \
+    (cd "$work" && "$1/bin/lapefast" doctor && "$1/bin/python" -m pytest --timeout=300 -q -p no:cacheprovider \
         --rootdir "$root" -c "$root/pyproject.toml" -m "not long" $3)
 }
 

@@ -55,13 +55,14 @@ lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle
   set_rows(call, activation, gate, up, product);
   call.threshold = threshold;
   call.groups = row_index(groups, "groups", gate);
-  bool any = false;
+  constexpr std::int64_t none = INT64_MAX;
+  call.statistics.groups = none;
   const auto add_statistic = [&](py::handle object, const char* name, auto*& address) {
     if (object.is_none()) return;
     const Tensor statistic(object, name);
     const std::int64_t held = statistic.rows();
-    statistic.expect(!any || held == call.statistics.groups, "is of another size");
-    any = true;
+    statistic.expect(call.statistics.groups == none || held == call.statistics.groups,
+                     "is of another size");
     call.statistics.groups = held;
     address =
         statistic.contiguous<std::remove_reference_t<decltype(*address)>>(held * call.width, gate);
@@ -122,8 +123,8 @@ void run(const Tensor& gate, const Call& call, std::uintptr_t resource,
     return run_on_cpu(call, static_cast<int>(resource), on_cpu);
 #ifdef LAPEFAST_CUDA
   if (gate.device_type() == lapefast::binding::dlpack::cuda) {
-    const lapefast::cuda::OnDevice here(gate.device());
-    return on_gpu(call, {reinterpret_cast<void*>(resource), here.processors});
+    const int processors = lapefast::cuda::processors_of(gate.device());
+    return on_gpu(call, {reinterpret_cast<void*>(resource), processors});
   }
 #endif
   gate.expect(false, "is on a device that this library was not built for");
@@ -179,4 +180,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("has_thread_pool", &lapefast::has_thread_pool,
              "Whether the OpenMP runtime that torch loaded was found.");
   module.attr("has_cuda") = has_cuda;
+#ifdef LAPEFAST_CUDA
+  module.def("cuda_problem", &lapefast::cuda::problem,
+             "Why the CUDA kernels cannot run with the driver of this machine; empty if they can.");
+#endif
 }

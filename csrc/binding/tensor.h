@@ -60,7 +60,8 @@ inline const dlpack::ExchangeTable* exchange_table(py::handle object) {
         PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (found && found->major != 1) found = found->previous;
   if (found && !found->describe) found = nullptr;
-  py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))).inc_ref();  // a class of its own
+  // Kept alive, so that no other class can come to lie at its address.
+  py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))).inc_ref();
   type = Py_TYPE(object.ptr());
   return table = found;
 }
@@ -107,6 +108,7 @@ class Tensor {
 
   // The tensor as [rows, width]; refused where no single stride leads from row to row.
   Rows as_rows() const {
+    expect(seen_.data || elements() == 0, "has no memory");
     const int last = seen_.dimensions - 1;
     if (!seen_.strides) return {data<void>(), width()};
     expect(seen_.strides[last] == 1 || width() <= 1, "must have a last stride of 1");
@@ -129,6 +131,7 @@ class Tensor {
            "is of another type");
     expect(same_place(where), "is on another device");
     expect(elements() == count, "is of another size");
+    expect(seen_.data || count == 0, "has no memory");
     std::int64_t stride = 1;
     for (int at = seen_.dimensions - 1; at >= 0 && seen_.strides && count > 1; --at) {
       expect(seen_.shape[at] == 1 || seen_.strides[at] == stride, "must be contiguous");

@@ -67,10 +67,6 @@ const Kernels& kernels() {
                               ", numbered from 0 (-1 for none).");
 }
 
-bool has_statistics(const Statistics& statistics) {
-  return statistics.counts || statistics.sums || statistics.square_sums || statistics.up_abs_sums;
-}
-
 void check_rows(const RowIndex& index, std::int64_t rows, std::int64_t count, const char* what,
                 const char* things) {
   if (!index.data) {
@@ -165,8 +161,7 @@ void split(const Call& call, int threads, void (*kernel)(const Call&, const Shar
 
 void profile(const ProfileCall& call, int threads) {
   const char* what = call.product.data ? "profile: groups" : "observe: groups";
-  const bool any = has_statistics(call.statistics);
-  check_rows(call.groups, call.rows, any ? call.statistics.groups : INT64_MAX, what, "groups");
+  check_rows(call.groups, call.rows, call.statistics.groups, what, "groups");
   split(call, threads, kernels().profile);
 }
 

@@ -25,8 +25,8 @@ __device__ inline float over_one_plus(float numerator, float e) {
   return rest == rest ? fmaf(rest, reciprocal, quotient) : quotient;
 }
 
-// As torch.clamp_min(x, 0): NaN stays.
-__device__ inline float relu(float x) { return x != x ? x : fmaxf(x, 0.0f); }
+// -0 and NaN stay.
+__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 // x holds values of Format; so does the result.
 template <class Format, Activation activation>

@@ -4,22 +4,32 @@
 
 namespace lapefast::cuda {
 
-#ifndef LAPEFAST_CUDA_ON_CPU
-OnDevice::OnDevice(int device) : device_(device) {
-  constexpr int remembered = 64;
-  static std::atomic<int> known[remembered];
-  expect_success(cudaGetDevice(&before_), "tell which device is in use");
-  if (before_ != device_) expect_success(cudaSetDevice(device_), "use a device");
-  const bool remember = device >= 0 && device < remembered;
-  processors = remember ? known[device].load(std::memory_order_relaxed) : 0;
-  if (processors) return;
-  expect_success(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-                 "tell how many multiprocessors a device has");
-  if (remember) known[device].store(processors, std::memory_order_relaxed);
+#ifdef LAPEFAST_CUDA_ON_CPU
+std::string problem() { return ""; }
+int processors_of(int) { return 2; }
+#else
+std::string problem() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+    return "there is no NVIDIA driver";
+  // Within a major version any driver serves.
+  constexpr int major = CUDART_VERSION / 1000;
+  if (driver / 1000 >= major) return "";
+  return "the NVIDIA driver is for CUDA " + std::to_string(driver / 1000) +
+         ", and the kernels need one for CUDA " + std::to_string(major);
 }
 
-OnDevice::~OnDevice() {
-  if (before_ != device_) cudaSetDevice(before_);
+int processors_of(int device) {
+  constexpr int remembered = 64;
+  static std::atomic<int> known[remembered];
+  const bool remember = device >= 0 && device < remembered;
+  int count = remember ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    expect_success(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+                   "tell how many multiprocessors a device has");
+    if (remember) known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
 }
 #endif
 
@@ -36,6 +46,7 @@ void profile(const ProfileCall& call, Stream stream) {
 }
 
 void edit(const EditCall& call, Stream stream) {
+  // Nothing is computed, so the tables are not looked at either.
   if (call.rows == 0 || call.width == 0) return;
   switch (call.dtype) {
     case DType::float32:

@@ -91,16 +91,13 @@ __global__ void __launch_bounds__(lanes* warps)
     profile_kernel(const ProfileCall call, const int run) {
   using Vector = Elements<Format, count>;
   const Statistics& s = call.statistics;
-  // Without statistics there is nothing that a group could miss.
-  const std::int64_t limit =
-      s.counts || s.sums || s.square_sums || s.up_abs_sums ? s.groups : INT64_MAX;
   const Place at = place<count>(call.rows, call.width, run);
   const bool inside = at.column < call.width;
   Partial<count> partial;
   partial.clear();
   std::int32_t held = -1;  // the group whose results `partial` holds
   int nonfinite = 0;
-  Indices groups_of_rows(call.groups, limit, at);
+  Indices groups_of_rows(call.groups, s.groups, at);
   Cursor<Format> gate(call.gate, at), up(call.up, at), made(call.product, at);
 
   // `rows` rows from `row` on.

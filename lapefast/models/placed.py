@@ -102,9 +102,13 @@ class SiteState:
 
     def choose_kernel(self, activation: nn.Module, device: torch.device) -> None:
         """Decide, for what is placed now, in which dtypes the kernel computes the activation."""
-        backend = next((role.backend for role in self._roles()), None)
-        if backend is not None and not self.foreign:
-            self.kernel, self.fused = fused_dtypes(activation, device, backend, self.exact)
+        if self.foreign:
+            return
+        for role in self._roles():
+            found = fused_dtypes(activation, device, role.backend, self.exact)
+            # Either may come to compute the activation.
+            self.fused = found[1] if role is self._roles()[0] else self.fused & found[1]
+            self.kernel = found[0]
 
     @property
     def exact(self) -> bool:

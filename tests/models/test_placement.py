@@ -571,3 +571,30 @@ def test_an_ffn_that_drops_rows_after_its_proof_is_refused_by_name(llama):
         with pytest.raises(InputError, match="layers.1.mlp: .*groups must be .*21 elements"):
             llama(IDS)
         hook.remove()
+
+
+@torch.no_grad()
+def test_the_comparison_on_a_device_asks_the_class_and_counts_nothing(monkeypatch):
+    # As on a GPU, where nothing is proven before; GPT-2 is handled at its activation.
+    monkeypatch.setattr("lapefast.ops.exact._PROVEN", ())
+    monkeypatch.setattr("lapefast.ops.exact._found", {})
+    model = shared("gpt2", torch.bfloat16)
+    activations = by_name("gpt2").activations(model)
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        for module in activations.values()
+    ]
+    with plain.hooked(activations) as outputs:
+        by_name("gpt2").call(model)
+    seen.clear()
+    with lf.record(model, ["a"]) as recorder:
+        assert set(recorder.how.values()) == {"fused"}
+        assert all(shape.numel() < 65536 for shape in seen)
+        recorder.set(label="a")
+        by_name("gpt2").call(model)
+    for hook in hooks:
+        hook.remove()
+    counts = recorder.profile().counts
+    for site, (activation,) in outputs.items():
+        assert torch.equal(counts[site][0], (activation > 0).flatten(0, -2).sum(0))

@@ -268,8 +268,12 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("faked", [False, True])
-def test_wrong_arguments_are_refused_in_one_sentence_by_kernels_and_fakes(wrong, faked):
+def test_wrong_arguments_are_refused_in_one_sentence_by_kernels_and_fakes(wrong, faked, device):
     changes, message = WRONG[wrong]
+    changes = {
+        name: value.to(device) if torch.is_tensor(value) and value.device.type == "cpu" else value
+        for name, value in changes.items()
+    }
     if faked and wrong in ("backend", "device"):
         pytest.skip("a fake asks no backend, and fake tensors of two devices are refused by torch")
     gate, up = LAYOUTS["contiguous"](torch.bfloat16)

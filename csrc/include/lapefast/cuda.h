@@ -13,17 +13,11 @@ struct Stream {
   int processors;
 };
 
-// Makes a device the current one while it lives. Throws std::runtime_error where there is none.
-class OnDevice {
- public:
-  explicit OnDevice(int device);
-  ~OnDevice();
-  OnDevice(const OnDevice&) = delete;
-  int processors;
+// Why kernels cannot run with the driver that there is, in words; empty where they can.
+std::string problem();
 
- private:
-  int before_, device_;
-};
+// Multiprocessors of a device; throws std::runtime_error where there is none.
+int processors_of(int device);
 
 // Queue the kernel on the stream and return. Addresses are the device's. An index out of range is
 // skipped and counted in flags[1]; nothing that memory holds makes a kernel read or write outside

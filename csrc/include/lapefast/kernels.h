@@ -37,7 +37,7 @@ struct RowIndex {
 
 // Each is null or contiguous [groups, width].
 struct Statistics {
-  std::int64_t groups;
+  std::int64_t groups;  // INT64_MAX where there is no statistic that a group could miss
   std::int64_t* counts;
   double* sums;
   double* square_sums;

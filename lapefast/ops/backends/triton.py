@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from lapefast.errors import InputError
 from lapefast.ops.checks import Size
 from lapefast.ops.rows import in_rows
 
@@ -77,6 +78,11 @@ def _profile(
 
 def _matrices(size: Size, *tensors: Tensor | None) -> list[Tensor | None]:
     """Each as [rows, width], copied where its rows have no single stride between them."""
+    # Rows and columns are counted in 32 bits, with room for a tile past the end.
+    if max(size[:2]) > 2**31 - 2**16:
+        raise InputError(
+            f"the Triton kernels take up to 2^31 - 2^16 rows and columns, got {list(size[:2])}."
+        )
     return [None if tensor is None else in_rows(tensor).view(size[:2]) for tensor in tensors]
 
 
