@@ -120,10 +120,12 @@ class Tally:
 
 
 def same_sums(got: Tensor, expected: Tensor) -> bool:
-    """Equal; on a GPU, where the order of float64 additions is not fixed, but for 1e-12."""
+    """Equal; on a GPU, where the order of float64 additions is not fixed, but for rounding."""
     if got.is_cpu:
         return torch.equal(got, expected)
-    return torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    # The cases add at most 9 runs of 71 activations below 16: each addition rounds by 2^-53 of at
+    # most their total, 9 * 71 * 16 * 2^-53 = 1.2e-12 in the worst case.
+    return torch.allclose(got, expected, rtol=0.0, atol=1.2e-12)
 
 
 def row_groups(rows: int, groups: int) -> Tensor:
