@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lapefast.neurons.edit_files import NamedEdits, load_edits, save_edits
 from lapefast.neurons.edits import Edit, activate, add, deactivate, scale
 from lapefast.neurons.layout import Layout
 from lapefast.neurons.sets import NeuronSet, NeuronSets
@@ -9,10 +10,13 @@ from lapefast.neurons.sets import NeuronSet, NeuronSets
 __all__ = [
     "Edit",
     "Layout",
+    "NamedEdits",
     "NeuronSet",
     "NeuronSets",
     "activate",
     "add",
     "deactivate",
+    "load_edits",
+    "save_edits",
     "scale",
 ]
