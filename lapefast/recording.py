@@ -16,11 +16,12 @@ from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
 from lapefast.models.inputs import input_device
-from lapefast.models.placed import RowIndex, SiteState, SiteStatistics, in_backward
+from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
+from lapefast.models.rows import StackRows
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
-from lapefast.models.traces import ROWS, clear, leave
+from lapefast.models.traces import GROUPS
 from lapefast.profiles import STATISTICS, Profile
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Recorder:
         self._threshold = _check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
-        self._stacks: dict[str, _StackRows] = {}
+        self._stacks: dict[str, _StackGroups] = {}
         self._placement = Placement.claim(
             model, "recorder", self, f"labels {', '.join(self.labels)}"
         )
@@ -84,7 +85,7 @@ class Recorder:
             # Statistics made in inference mode could not be added to outside of it.
             with torch.inference_mode(False):
                 for name, module in stacks(self._placement.bare).items():
-                    self._stacks[name] = _StackRows(
+                    self._stacks[name] = _StackGroups(
                         module, len(self.labels), input_device(model), self._placement
                     )
                 self._placement.fill(self._place)
@@ -297,29 +298,23 @@ class Recorder:
         return groups
 
 
-class _StackRows:
+class _StackGroups(StackRows):
     """The rows of one stack's input: their groups, and how many tokens each group had."""
 
     def __init__(
         self, module: nn.Module, labels: int, device: torch.device, placement: Placement
     ) -> None:
-        self.device = device
-        # One per device that holds FFNs, as a model may be spread over several.
-        self.indices = {device: RowIndex()}
         # The first place is for -1, so that counting needs no selection.
         self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.tokens)
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
-        self._module, self._placement = module, placement
-        self.hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        leave(module, ROWS, self)
-
-    def index_on(self, device: torch.device) -> RowIndex:
-        return self.indices.setdefault(device, RowIndex())
+        self._placement = placement
+        super().__init__(module, device, GROUPS)
 
     def set(self, groups: Tensor) -> None:
         """Take the group of each token, [batch, length], or of all, [1]."""
-        self._shape = groups.shape if groups.dim() == 2 else None
+        self._shape = tuple(groups.shape) if groups.dim() == 2 else None
         groups = groups.reshape(-1)
         for device, held in self.indices.items():
             if held.tensor is None or held.tensor.shape != groups.shape:
@@ -327,24 +322,20 @@ class _StackRows:
                     held.tensor = torch.empty(groups.shape, dtype=torch.int32, device=device)
             held.tensor.copy_(groups)  # one address while the shape stays, for compiled graphs
 
-    def remove(self) -> None:
-        self.hook.remove()
-        clear(self._module, ROWS)
-
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
         if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
             return
-        index, shape = self.indices[self.device].tensor, _input_shape(args, kwargs)
+        index = self.indices[self.device].tensor
         if index is None:
             raise InputError(
                 "the recorder does not know these tokens: call recorder.set(...) before the model"
             )
-        if self._shape is not None and shape != self._shape:
+        if self._shape is not None and (batch, length) != self._shape:
             raise InputError(
-                f"the model's input is {list(shape)} tokens, but recorder.set was given "
+                f"the model's input is {[batch, length]} tokens, but recorder.set was given "
                 f"{list(self._shape)}; call it before each forward pass"
             )
-        rows = shape[0] * shape[1]
+        rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
         place = (index.long() + 1).expand(rows)
         if torch.compiler.is_compiling():
@@ -352,17 +343,6 @@ class _StackRows:
         else:
             with self._lock:  # torch lets other threads run while it adds
                 self.tokens.index_add_(0, place, one)
-
-
-def _input_shape(args: tuple, kwargs: dict) -> torch.Size:
-    """[batch, length] of what a stack is called with."""
-    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    if ids is None and embeddings is None and args:
-        ids = args[0]
-    given = ids if ids is not None else embeddings
-    if not isinstance(given, Tensor) or given.dim() < 2:
-        raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
-    return given.shape[:2]
 
 
 def _check_shape(name: str, given: Tensor) -> None:

@@ -19,15 +19,9 @@ from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.proof import prove
+from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
 from lapefast.models.traces import SITE, Replaced
-
-
-@dataclass
-class RowIndex:
-    """Which group or edit set each row of a stack's input belongs to: int32, a row or one each."""
-
-    tensor: Tensor | None = None
 
 
 @dataclass

@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 SITE = "_lapefast_site"
-ROWS = "_lapefast_rows"
+GROUPS = "_lapefast_groups"
+SETS = "_lapefast_sets"
+GENERATION = "_lapefast_generation"
 PLACEMENT = "_lapefast_placement"
 
 _COPYING = "__getstate__"
@@ -22,11 +24,11 @@ _COPYING = "__getstate__"
 
 @dataclass
 class Replaced:
-    """An instance's forward that was replaced.
+    """An instance's method that was replaced.
 
     Attributes:
-        attribute: ``forward``, or ``_old_forward`` under accelerate's hooks.
-        before: what the instance had there; None where only its class has a forward.
+        attribute: ``forward``, or ``_old_forward`` under accelerate's hooks; ``generate``.
+        before: what the instance had there; None where only its class has one.
         placed: what it has now.
     """
 
@@ -54,7 +56,7 @@ def leave(module: nn.Module, name: str, trace: Any) -> None:
 def clear(module: nn.Module, name: str) -> None:
     """Take a trace off, and with the last one what keeps them out of copies."""
     module.__dict__.pop(name, None)
-    if not {SITE, ROWS, PLACEMENT} & module.__dict__.keys():
+    if not {SITE, GROUPS, SETS, GENERATION, PLACEMENT} & module.__dict__.keys():
         module.__dict__.pop(_COPYING, None)
 
 
@@ -64,11 +66,15 @@ def _untraced(self: nn.Module) -> dict[str, Any]:
     state = dict(own(self) if own is not None else self.__dict__)
     state.pop(_COPYING, None)
     state.pop(PLACEMENT, None)
-    site, rows = state.pop(SITE, None), state.pop(ROWS, None)
+    generation = state.pop(GENERATION, None)
+    for replaced in generation.replaced if generation is not None else ():
+        replaced.undo(state)
+    site = state.pop(SITE, None)
     if site is not None:
         site.replaced.undo(state)
-    if rows is not None:
-        for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-            state[hooks] = state[hooks].copy()
-            state[hooks].pop(rows.hook.id, None)
+    for rows in (state.pop(GROUPS, None), state.pop(SETS, None)):
+        if rows is not None:
+            for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+                state[hooks] = state[hooks].copy()
+                state[hooks].pop(rows.hook.id, None)
     return state

@@ -1,24 +1,47 @@
-"""One edit placed in a model: every sequence runs with it until it is removed."""
+"""Edits placed in a model: one for every sequence, or one for each."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lapefast.errors import InputError
-from lapefast.models.placed import RowIndex, SiteEdits, SiteState
+from lapefast.models.bare import stacks
+from lapefast.models.inputs import input_device
+from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
+from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
 from lapefast.neurons import Edit
+from lapefast.steering.generation import Generation
+from lapefast.steering.sequences import WHERE, StackSets, Where
 
 
-def steer(model: nn.Module, edit: Edit, exact: bool = True, backend: str | None = None) -> Steering:
-    """Place ``edit`` in ``model``: its neurons' activations become ``scale * a + shift``.
+def steer(
+    model: nn.Module,
+    edit: Edit | Sequence[Edit | None],
+    where: Where = "all",
+    exact: bool = True,
+    backend: str | None = None,
+) -> Steering:
+    """Place edits in ``model``: their neurons' activations become ``scale * a + shift``.
+
+    Each sequence of the model's input has its own edit where a list is given. Inside `generate`,
+    whose beams and returned sequences multiply the input, a batch of k times as many sequences has
+    k consecutive ones for each edit; outside, the numbers must match.
 
     Args:
-        model: any model whose FFNs `lapefast.models.find_sites` finds.
-        edit: made by `lapefast.deactivate`, `activate`, `scale` or `add`, and joined by ``|``. One
-            that knows its sites by position only is bound to the model here.
+        model: any model whose FFNs `lapefast.models.find_sites` finds; the one whose `generate` is
+            called, so that it is seen.
+        edit: made by `lapefast.deactivate`, `activate`, `scale` or `add`, and joined by ``|``; or a
+            list of such, one per sequence of the batch, with None for a sequence without. Those
+            that know their sites by position only are bound to the model here.
+        where: at which positions the edits hold. ``"prompt"``: those given as input;
+            ``"generated"``: those of new tokens; ``"all"``: both. Outside `generate`, what goes on
+            from a filled cache is taken for generated and everything else for the prompt. In an
+            encoder every position is the prompt's.
         exact: fuse only activations proven bit-equal to the model's own; otherwise all that a
             kernel exists for.
         backend: who computes the op; None takes ``LAPEFAST_BACKEND`` or the best for the device.
@@ -27,27 +50,45 @@ def steer(model: nn.Module, edit: Edit, exact: bool = True, backend: str | None 
         A context manager; leaving it, or ``remove()``, gives the model its own forwards back.
 
     Raises:
-        InputError: where the edit does not fit the model, or it is steered already.
+        InputError: where an edit does not fit the model, or it is steered already; while steered,
+            where a batch does not match the edits.
     """
-    return Steering(model, edit, exact, backend)
+    return Steering(model, edit, where, exact, backend)
 
 
 class Steering:
-    """See `steer`."""
+    """See `steer`.
+
+    Attributes:
+        edits: the edits that differ, bound to the model.
+    """
 
     def __init__(
-        self, model: nn.Module, edit: Edit, exact: bool = True, backend: str | None = None
+        self,
+        model: nn.Module,
+        edit: Edit | Sequence[Edit | None],
+        where: Where = "all",
+        exact: bool = True,
+        backend: str | None = None,
     ) -> None:
-        if not isinstance(edit, Edit):
-            raise InputError(
-                "steer takes one edit, made by deactivate, activate, scale or add, got "
-                f"{type(edit).__name__}"
-            )
-        self.edit = edit.bind(model)
+        given = _check_edits(edit)
+        if where not in WHERE:
+            raise InputError(f"where must be one of {', '.join(WHERE)}, got {where!r}")
+        # An edit that many sequences share has one table.
+        different = list({id(one): one for one in given if one is not None}.values())
+        self.edits = [one.bind(model) for one in different]
+        sets = [-1 if one is None else _position(one, different) for one in given]
         self._exact, self._backend = exact, backend
-        self._placement = Placement.claim(model, "steering", self, repr(self.edit))
+        self._stacks: dict[str, StackSets] = {}
+        self._generation: Generation | None = None
+        name = ", ".join(map(repr, self.edits[:3])) + (", ..." if len(self.edits) > 3 else "")
+        self._placement = Placement.claim(model, "steering", self, name)
         try:
-            self._placement.fill(self._place)
+            # Tables made in inference mode could not be used outside of it.
+            with torch.inference_mode(False):
+                if not isinstance(edit, Edit) or where != "all":
+                    self._tell_rows(model, None if isinstance(edit, Edit) else sets, where)
+                self._placement.fill(self._place)
             self._placement.prove()
         except BaseException:
             self.remove()
@@ -60,25 +101,69 @@ class Steering:
         self.remove()
 
     def remove(self) -> None:
-        """Take the edit out of the model. Safe to repeat."""
+        """Take the edits out of the model. Safe to repeat."""
+        for rows in self._stacks.values():
+            rows.remove()
+        if self._generation is not None:
+            self._generation.remove()
         self._placement.release("steering", "edits", self)
 
+    def _tell_rows(self, model: nn.Module, sets: list[int] | None, where: Where) -> None:
+        """Let every stack find the edit set of each of its rows before it runs."""
+        device = input_device(model)
+        self._generation = Generation(model, device)
+        found = stacks(self._placement.bare)
+        for name, module in found.items():
+            reads_only = name == "encoder" and len(found) > 1
+            self._stacks[name] = StackSets(
+                module, device, sets, where, self._generation, reads_only, self._placement
+            )
+
     def _place(self, ffn: FFN, state: SiteState) -> None:
-        if ffn.site.name not in self.edit.tables:
+        site, device = ffn.site, device_of(ffn)
+        tables = [edit.tables.get(site.name, _NOTHING) for edit in self.edits]
+        ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
+        if not ends[-1]:
             return
-        device = device_of(ffn)
-        neurons, scale, shift = self.edit.tables[ffn.site.name]
 
-        def on_device(values: Tensor | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(values).to(device=device, dtype=dtype).contiguous()
+        def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
+            held = values.to(device=device, dtype=dtype).contiguous()
+            torch._dynamo.mark_static_address(held)
+            return held
 
+        neurons, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
+        rows = self._stacks.get(site.stack)
         state.edits = SiteEdits(
-            sets=RowIndex(),
-            offsets=on_device([0, len(neurons)], torch.int32),
+            sets=RowIndex() if rows is None else rows.index_on(device),
+            offsets=on_device(torch.tensor(ends), torch.int32),
             neurons=on_device(neurons, torch.int32),
             scale=on_device(scale, torch.float32),
             shift=on_device(shift, torch.float32),
-            flags=torch.zeros(2, dtype=torch.int64, device=device),
+            flags=on_device(torch.zeros(2), torch.int64),
             backend=chosen_backend(self._backend, device),
             exact=self._exact,
         )
+
+
+_NOTHING = (torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
+
+
+def _check_edits(edit: object) -> list[Edit | None]:
+    given = [edit] if isinstance(edit, Edit) else edit
+    if not isinstance(given, (list, tuple)) or not all(
+        one is None or isinstance(one, Edit) for one in given
+    ):
+        wrong = given
+        if isinstance(given, (list, tuple)):
+            wrong = next(one for one in given if one is not None and not isinstance(one, Edit))
+        raise InputError(
+            "steer takes one edit, made by deactivate, activate, scale or add, or a list with one "
+            f"per sequence (None for none), got {type(wrong).__name__}"
+        )
+    if all(one is None for one in given):
+        raise InputError("steer was given no edit at all, so it would do nothing")
+    return list(given)
+
+
+def _position(edit: Edit, edits: list[Edit]) -> int:
+    return next(index for index, one in enumerate(edits) if one is edit)

@@ -1,0 +1,63 @@
+"""The rows of a stack's input: a hook that sees them first, and says what each belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapefast.errors import InputError
+from lapefast.models.traces import clear, leave
+
+
+@dataclass
+class RowIndex:
+    """Which group or edit set each row of a stack's input belongs to: int32, a row or one each."""
+
+    tensor: Tensor | None = None
+
+
+class StackRows:
+    """A hook that runs before one stack and fills an index of its rows for the FFNs behind it.
+
+    Attributes:
+        device: where the stack's input lies.
+        indices: device -> the index there; one per device that holds FFNs, as a model may be
+            spread over several.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, trace: str) -> None:
+        self.device = device
+        self.indices = {device: RowIndex()}
+        self._module, self._trace = module, trace
+        self.hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        leave(module, trace, self)
+
+    def index_on(self, device: torch.device) -> RowIndex:
+        """The index that FFNs on ``device`` read."""
+        return self.indices.setdefault(device, RowIndex())
+
+    def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
+        """Fill the indices for an input of ``batch`` rows of ``length`` tokens."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Take the hook out. Safe to repeat."""
+        self.hook.remove()
+        clear(self._module, self._trace)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.before_forward(*_input_shape(args, kwargs), kwargs)
+
+
+def _input_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Batch and length of what a stack is called with."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if ids is None and embeddings is None and args:
+        ids = args[0]
+    given = ids if ids is not None else embeddings
+    if not isinstance(given, Tensor) or given.dim() < 2:
+        raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
+    return given.shape[0], given.shape[1]

@@ -1,0 +1,129 @@
+"""What a forward pass inside `generate` is part of: whether one runs, and how long its prompt is.
+
+A forward pass alone does not say which of its positions the user gave and which are new. So while a
+model is steered, two methods of the instance are watched: `generate`, and the one by which it hands
+the finished prompt to the decoding loop, whichever mode that is.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapefast.errors import InputError
+from lapefast.models.bare import unwrap
+from lapefast.models.traces import GENERATION, Replaced, clear, leave
+
+_HANDOVER = "_expand_inputs_for_generation"
+
+
+class Generation:
+    """Watches one model's `generate`.
+
+    Attributes:
+        running: whether a call of it runs.
+        prompt: int64 [1], how many positions of the decoder's input were given to it.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.running = False
+        self.prompt = torch.zeros(1, dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.prompt)
+        self._positions = 0
+        self._known = self._first = False
+        self._model = unwrap(model)
+        self.replaced: list[Replaced] = []
+        if not hasattr(self._model, "generate"):
+            return
+        for name, placed in (("generate", _generate), (_HANDOVER, _hand_over)):
+            method = types.MethodType(placed, self._model)
+            self.replaced.append(Replaced(name, self._model.__dict__.get(name), method))
+            self._model.__dict__[name] = method
+        leave(self._model, GENERATION, self)
+
+    def prompt_columns(self, length: int, options: dict[str, Any]) -> int | Tensor:
+        """How many of the ``length`` positions that the decoder is called with are the prompt's.
+
+        Outside `generate`: all of them, or none where they go on from a filled cache.
+
+        Args:
+            length: positions of this forward pass.
+            options: its keyword arguments, which hold the cache.
+        """
+        past = _past(options)
+        if not self.running:
+            if isinstance(past, Tensor):
+                return torch.where(past > 0, 0, length)
+            return 0 if past > 0 else length
+        if torch.compiler.is_compiling():
+            return (self.prompt - past).clamp(0, length)
+        if not self._known:
+            raise InputError(
+                "generate of this model does not say how long its prompt is, so steering "
+                'can\'t tell prompt and generated positions apart; use where="all"'
+            )
+        if self._first:
+            self._first = False
+            # A prompt that goes on from a filled cache may come without what the cache holds.
+            if length >= self._positions and past > 0:
+                self._set(self._positions + int(past))
+        return min(max(self._positions - int(past), 0), length)
+
+    def remove(self) -> None:
+        """Give the model its own methods back. Safe to repeat."""
+        while self.replaced:
+            self.replaced.pop().undo(self._model.__dict__)
+        clear(self._model, GENERATION)
+
+    def start(self, positions: int) -> None:
+        """Take the length of a prompt that is about to be read."""
+        self._known = self._first = True
+        self._set(positions)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Within it, `generate` runs; a call inside another one is part of it."""
+        outer, self.running = self.running, True
+        try:
+            yield
+        finally:
+            self.running = outer
+            self._known = self._known and outer
+
+    def own(self, name: str) -> Any:
+        """The model's own method of that name."""
+        before = next(one.before for one in self.replaced if one.attribute == name)
+        return before or getattr(type(self._model), name).__get__(self._model)
+
+    def _set(self, positions: int) -> None:
+        self._positions = positions
+        self.prompt.fill_(positions)
+
+
+def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    generation: Generation = self.__dict__[GENERATION]
+    with generation.call():
+        return generation.own("generate")(*args, **kwargs)
+
+
+def _hand_over(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Notes the prompt's length, as it is once start tokens, embeddings and beams are prepared."""
+    generation: Generation = self.__dict__[GENERATION]
+    ids, options = expanded = generation.own(_HANDOVER)(*args, **kwargs)
+    embeddings = options.get("inputs_embeds")
+    encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
+    given = ids if embeddings is None or encoder_decoder else embeddings
+    generation.start(given.shape[1])
+    return expanded
+
+
+def _past(options: dict[str, Any]) -> int | Tensor:
+    """How many positions the cache holds already."""
+    cache = options.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    return length() if length is not None else 0
