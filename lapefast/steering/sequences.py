@@ -28,8 +28,8 @@ class StackSets(StackRows):
         device: where its input lies.
         sets: the edit set of each sequence, -1 for none; None is set 0 for every sequence.
         where: at which positions edits hold.
-        generation: tells prompt and new positions apart; None where all are the prompt's, as in an
-            encoder.
+        generation: tells prompt and new positions apart.
+        has_prompt_only: whether every position is the prompt's, as in an encoder.
         placement: tells a probe.
     """
 
@@ -58,10 +58,11 @@ class StackSets(StackRows):
         if in_backward():  # what gradient checkpointing runs again is what ran last
             return
         prompt = 0 if self._where == "all" else int(self._prompt_columns(length, options))
-        if self._held != (batch, length, prompt):
+        if self._held != (batch, length, prompt) or self._placement.probing:
             self._held = None
             self._fill(self._rows(batch, length, prompt))
-            self._held = (batch, length, prompt)
+            if not self._placement.probing:  # a probe's batch is matched with no edits
+                self._held = (batch, length, prompt)
 
     def _prompt_columns(self, length: int, options: dict[str, Any]) -> int | Tensor:
         if self._where == "all" or self._has_prompt_only or self._placement.probing:
