@@ -306,7 +306,6 @@ class _StackGroups(StackRows):
     ) -> None:
         # The first place is for -1, so that counting needs no selection.
         self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
-        torch._dynamo.mark_static_address(self.tokens)
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
         self._placement = placement

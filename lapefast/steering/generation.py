@@ -33,7 +33,6 @@ class Generation:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.running = False
         self.prompt = torch.zeros(1, dtype=torch.int64, device=device)
-        torch._dynamo.mark_static_address(self.prompt)
         self._positions = 0
         self._known = self._first = False
         self._model = unwrap(model)

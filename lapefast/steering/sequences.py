@@ -44,7 +44,6 @@ class StackSets(StackRows):
         placement: Placement,
     ) -> None:
         self._sets = torch.tensor([0] if sets is None else sets, dtype=torch.int32, device=device)
-        torch._dynamo.mark_static_address(self._sets)
         self._per_sequence = sets is not None
         self._where, self._generation, self._placement = where, generation, placement
         self._has_prompt_only = has_prompt_only

@@ -127,9 +127,7 @@ class Steering:
             return
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
-            held = values.to(device=device, dtype=dtype).contiguous()
-            torch._dynamo.mark_static_address(held)
-            return held
+            return values.to(device=device, dtype=dtype).contiguous()
 
         neurons, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
         rows = self._stacks.get(site.stack)
