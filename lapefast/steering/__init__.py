@@ -1,5 +1,6 @@
-"""Edits placed in a model while it runs."""
+"""Edits and shifts placed in a model, per sequence."""
 
+from lapefast.steering.shifts import Shift
 from lapefast.steering.steer import Steering, steer
 
-__all__ = ["Steering", "steer"]
+__all__ = ["Shift", "Steering", "steer"]

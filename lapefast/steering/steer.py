@@ -17,11 +17,15 @@ from lapefast.models.structure import FFN
 from lapefast.neurons import Edit
 from lapefast.steering.generation import Generation
 from lapefast.steering.sequences import WHERE, StackSets, Where
+from lapefast.steering.shifts import PlacedShifts, Shift
+
+Steer = Edit | Shift
+"""What a sequence can be steered by."""
 
 
 def steer(
     model: nn.Module,
-    edit: Edit | Sequence[Edit | None],
+    edit: Steer | Sequence[Steer | None],
     where: Where = "all",
     exact: bool = True,
     backend: str | None = None,
@@ -37,7 +41,8 @@ def steer(
             called, so that it is seen.
         edit: made by `lapefast.deactivate`, `activate`, `scale` or `add`, and joined by ``|``; or a
             list of such, one per sequence of the batch, with None for a sequence without. Those
-            that know their sites by position only are bound to the model here.
+            that know their sites by position only are bound to the model here. A `Shift` of the
+            residual stream may stand wherever an edit may.
         where: at which positions the edits hold. ``"prompt"``: those given as input;
             ``"generated"``: those of new tokens; ``"all"``: both. Outside `generate`, what goes on
             from a filled cache is taken for generated and everything else for the prompt. In an
@@ -60,13 +65,13 @@ class Steering:
     """See `steer`.
 
     Attributes:
-        edits: the edits that differ, bound to the model.
+        edits: the edits and shifts that differ, bound to the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        edit: Edit | Sequence[Edit | None],
+        edit: Steer | Sequence[Steer | None],
         where: Where = "all",
         exact: bool = True,
         backend: str | None = None,
@@ -81,15 +86,19 @@ class Steering:
         self._exact, self._backend = exact, backend
         self._stacks: dict[str, StackSets] = {}
         self._generation: Generation | None = None
+        self._shifts: PlacedShifts | None = None
         name = ", ".join(map(repr, self.edits[:3])) + (", ..." if len(self.edits) > 3 else "")
         self._placement = Placement.claim(model, "steering", self, name)
         try:
             # Tables made in inference mode could not be used outside of it.
             with torch.inference_mode(False):
-                if not isinstance(edit, Edit) or where != "all":
-                    self._tell_rows(model, None if isinstance(edit, Edit) else sets, where)
+                for_all = isinstance(edit, Steer)
+                if not for_all or where != "all":
+                    self._tell_rows(model, None if for_all else sets, where)
                 self._placement.fill(self._place)
+                self._place_shifts(model)
             self._placement.prove()
+            self._check_shifts()
         except BaseException:
             self.remove()
             raise
@@ -104,6 +113,8 @@ class Steering:
         """Take the edits out of the model. Safe to repeat."""
         for rows in self._stacks.values():
             rows.remove()
+        if self._shifts is not None:
+            self._shifts.remove()
         if self._generation is not None:
             self._generation.remove()
         self._placement.release("steering", "edits", self)
@@ -121,7 +132,10 @@ class Steering:
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
-        tables = [edit.tables.get(site.name, _NOTHING) for edit in self.edits]
+        tables = [
+            edit.tables.get(site.name, _NOTHING) if isinstance(edit, Edit) else _NOTHING
+            for edit in self.edits
+        ]
         ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
         if not ends[-1]:
             return
@@ -142,26 +156,37 @@ class Steering:
             exact=self._exact,
         )
 
+    def _place_shifts(self, model: nn.Module) -> None:
+        shifts = [one if isinstance(one, Shift) else None for one in self.edits]
+        if any(shifts):
+            self._shifts = PlacedShifts(model, shifts, self._stacks.get("decoder"))
+
+    def _check_shifts(self) -> None:
+        """A shift that a forward pass does not meet is an error, where the probe could tell."""
+        shifts = self._shifts
+        if shifts is not None and self._placement.last and len(shifts.fired) < shifts.layers:
+            raise InputError(
+                "a decoder layer that is to be shifted did not run in a forward pass, so the shift "
+                "would do nothing"
+            )
+
 
 _NOTHING = (torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
 
 
-def _check_edits(edit: object) -> list[Edit | None]:
-    given = [edit] if isinstance(edit, Edit) else edit
-    if not isinstance(given, (list, tuple)) or not all(
-        one is None or isinstance(one, Edit) for one in given
-    ):
-        wrong = given
-        if isinstance(given, (list, tuple)):
-            wrong = next(one for one in given if one is not None and not isinstance(one, Edit))
+def _check_edits(edit: object) -> list[Steer | None]:
+    given = [edit] if isinstance(edit, Steer) else edit
+    known = isinstance(given, (list, tuple))
+    wrong = [one for one in given if not isinstance(one, Steer | None)] if known else [given]
+    if wrong:
         raise InputError(
             "steer takes one edit, made by deactivate, activate, scale or add, or a list with one "
-            f"per sequence (None for none), got {type(wrong).__name__}"
+            f"per sequence (None for none), got {type(wrong[0]).__name__}"
         )
     if all(one is None for one in given):
         raise InputError("steer was given no edit at all, so it would do nothing")
     return list(given)
 
 
-def _position(edit: Edit, edits: list[Edit]) -> int:
+def _position(edit: Steer, edits: list[Steer]) -> int:
     return next(index for index, one in enumerate(edits) if one is edit)
