@@ -199,7 +199,8 @@ class SiteState:
 
     def _edit(self, gate: Tensor, up: Tensor | None, kernel: str) -> Tensor:
         edits = self.edits
-        return ops.edit(
+        op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
+        return op(
             gate,
             up,
             kernel,

@@ -12,6 +12,7 @@ from lapefast.ops.activations import ACTIVATIONS
 from lapefast.ops.backends import backend_for
 from lapefast.ops.declarations import edit, observe, profile, profile_
 from lapefast.ops.exact import FUSED
+from lapefast.ops.straight import edit as straight_edit
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,6 +22,7 @@ __all__ = [
     "observe",
     "profile",
     "profile_",
+    "straight_edit",
 ]
 
 del _autograd
