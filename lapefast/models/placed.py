@@ -62,11 +62,8 @@ class SiteEdits:
     """One site's edit tables; shapes as in `lapefast.ops`."""
 
     sets: RowIndex
-    offsets: Tensor
-    neurons: Tensor
-    scale: Tensor
-    shift: Tensor
-    flags: Tensor
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    """Offsets, neurons, scale, shift, flags."""
     backend: str = "auto"
     exact: bool = True
 
@@ -121,11 +118,9 @@ class SiteState:
         gate, kernel, writable = self._given(activation, gate, writable)
         if up.dtype is not gate.dtype or up.shape != gate.shape:
             return self._activation(gate, kernel) * up
-        statistics = self._counting()
-        if statistics is None:
-            return self._edit(gate, up, kernel)
         if self.edits is not None:
             gate, kernel, writable = self._edit(gate, None, kernel), "identity", True
+        statistics = self._counting()
         if writable and not (
             torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
@@ -200,18 +195,7 @@ class SiteState:
     def _edit(self, gate: Tensor, up: Tensor | None, kernel: str) -> Tensor:
         edits = self.edits
         op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
-        return op(
-            gate,
-            up,
-            kernel,
-            edits.sets.tensor,
-            edits.offsets,
-            edits.neurons,
-            edits.scale,
-            edits.shift,
-            edits.flags,
-            backend=edits.backend,
-        )
+        return op(gate, up, kernel, edits.sets.tensor, *edits.tables, backend=edits.backend)
 
 
 def _profile(op: Any, gate: Tensor, up: Tensor | None, kernel: str, s: SiteStatistics):
@@ -258,15 +242,16 @@ def _makes_new(projection: nn.Module) -> bool:
 def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     """``down(act(gate(x)) * up(x))`` by the module's own submodules, with the ops in between."""
     state: SiteState = self.__dict__[SITE]
-    if not state.active:
+    run = _edited if state.statistics is None else _gated
+    if state.edits is None and run is _edited:
         return state.original(self)(x)
     if torch.compiler.is_compiling():
-        return _gated(self, state, x)
+        return run(self, state, x)
     state.fired += 1
     if not state.proven:
-        return prove(state, self, lambda: _gated(self, state, x), (x,), {})
+        return prove(state, self, functools.partial(run, self, state, x), (x,), {})
     try:
-        return _gated(self, state, x)
+        return run(self, state, x)
     except InputError as error:
         raise _named(state, error) from error
 
@@ -296,9 +281,29 @@ def _named(state: SiteState, error: InputError) -> InputError:
     )
 
 
+def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
+    """The forward of an FFN that is only edited.
+
+    A decoding step runs it on few rows, so as little as can be stands around the op: every call
+    counts, and an attribute of a module takes ten times as long to find as an entry of a dict.
+    """
+    form, edits, modules, kernel = state.form, state.edits, self._modules, state.kernel
+    gate, activation = modules[form.gate](x), modules[form.activation]
+    gate, up = gate.chunk(2, dim=-1) if form.up is None else (gate, modules[form.up](x))
+    if gate.dtype not in state.fused or _has_hooks(activation):
+        gate, kernel = activation(gate), "identity"
+    op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
+    after = None
+    if up.dtype is not gate.dtype or up.shape != gate.shape:
+        up, after = None, up
+    product = op(gate, up, kernel, edits.sets.tensor, *edits.tables, backend=edits.backend)
+    return modules[form.down](product if after is None else product * after)
+
+
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
-    form = state.form
-    projection, activation = getattr(self, form.gate), getattr(self, form.activation)
+    """The forward of an FFN that is counted, and edited or not."""
+    form, modules = state.form, self._modules
+    projection, activation = modules[form.gate], modules[form.activation]
     gate = projection(x)
     if form.up is None:
         gate, up = gate.chunk(2, dim=-1)
@@ -310,8 +315,8 @@ def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
         if state.ends_here():
             state.end(activation, gate)
             return torch.zeros_like(x)
-        up = getattr(self, form.up)(x)
+        up = modules[form.up](x)
         product = state.product(activation, gate, up, writable=_makes_new(projection))
-    if state.statistics is not None and state.statistics.last:
+    if state.statistics.last:
         return torch.zeros_like(x)
-    return getattr(self, form.down)(product)
+    return modules[form.down](product)

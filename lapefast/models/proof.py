@@ -86,16 +86,7 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
         edits = state.edits
         if edits is not None:
             output = ops.edit(
-                output,
-                None,
-                "identity",
-                edits.sets.tensor,
-                edits.offsets,
-                edits.neurons,
-                edits.scale,
-                edits.shift,
-                edits.flags,
-                backend="reference",
+                output, None, "identity", edits.sets.tensor, *edits.tables, backend="reference"
             )
         seen.append(output)
         return output

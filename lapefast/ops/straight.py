@@ -1,4 +1,4 @@
-"""The straight way to the native library, past PyTorch's dispatcher.
+"""The straight way to the native library on a CPU, past PyTorch's dispatcher.
 
 A decoding step calls `edit` once per layer on a few rows, where the dispatcher's way through Python
 and a second check of tables that have not changed cost several times what the kernel does.
@@ -16,7 +16,6 @@ from lapefast.ops.backends import native
 
 __all__ = ["edit"]
 
-_NATIVE = frozenset(("cpu", "cuda"))
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _is_traced = torch._C._is_tracing
@@ -40,13 +39,26 @@ def edit(
     That is where no gradient is wanted and no mode, transform or tracer watches. The library checks
     types, sizes and indices itself; what it refuses goes to the op, whose check says it better.
     """
-    if backend in _NATIVE and _is_alone(gate, up):
-        width = gate.shape[-1]
-        size = (gate.numel() // width if width else 0, width, 0)
+    # Written out in one piece: here every name that is passed on costs as much as a row.
+    if (
+        backend == "cpu"
+        and type(gate) is Tensor
+        and gate.is_contiguous()
+        and (up is None or (type(up) is Tensor and up.is_contiguous()))
+        and not _modes()
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and not _is_traced()
+        and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
+    ):
+        product = torch.empty_like(gate)
+        threads = 1 if gate.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
         try:
-            return native.edit(
-                size, gate, up, activation, sets, offsets, neurons, scale, shift, flags
-            )
+            native.library.edit(
+                gate, up, product, native.ACTIVATIONS[activation],
+                sets, offsets, neurons, scale, shift, flags, threads,
+            )  # fmt: skip
+            return product
         except InputError:
             pass
     return declarations.edit(
@@ -54,14 +66,5 @@ def edit(
     )
 
 
-def _is_alone(gate: Tensor, up: Tensor | None) -> bool:
-    if type(gate) is not Tensor or (up is not None and type(up) is not Tensor):
-        return False
-    wants_gradient = gate.requires_grad or (up is not None and up.requires_grad)
-    return not (
-        (wants_gradient and torch.is_grad_enabled())
-        or _modes()
-        or _transforms() is not None
-        or forward_ad._current_level >= 0
-        or _is_traced()
-    )
+def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:
+    return gate.requires_grad or (up is not None and up.requires_grad)

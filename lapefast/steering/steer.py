@@ -147,11 +147,13 @@ class Steering:
         rows = self._stacks.get(site.stack)
         state.edits = SiteEdits(
             sets=RowIndex() if rows is None else rows.index_on(device),
-            offsets=on_device(torch.tensor(ends), torch.int32),
-            neurons=on_device(neurons, torch.int32),
-            scale=on_device(scale, torch.float32),
-            shift=on_device(shift, torch.float32),
-            flags=on_device(torch.zeros(2), torch.int64),
+            tables=(
+                on_device(torch.tensor(ends), torch.int32),
+                on_device(neurons, torch.int32),
+                on_device(scale, torch.float32),
+                on_device(shift, torch.float32),
+                on_device(torch.zeros(2), torch.int64),
+            ),
             backend=chosen_backend(self._backend, device),
             exact=self._exact,
         )

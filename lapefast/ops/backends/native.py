@@ -8,7 +8,16 @@ from torch import Tensor
 from lapefast.ops.checks import Size
 from lapefast.ops.rows import in_rows
 
-__all__ = ["edit", "library", "missing", "observe", "profile", "profile_"]
+__all__ = [
+    "ACTIVATIONS",
+    "FEW_TO_EDIT",
+    "edit",
+    "library",
+    "missing",
+    "observe",
+    "profile",
+    "profile_",
+]
 
 try:
     from lapefast import _native as library
@@ -17,7 +26,7 @@ except ImportError as error:
     _error = str(error)
 
 # As in csrc/include/lapefast/kernels.h.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "identity": 0,
     "silu": 1,
     "relu": 2,
@@ -29,6 +38,9 @@ _ACTIVATIONS = {
 }
 # Elements below which a second thread costs more than it saves (two cores, bfloat16 SiLU).
 _ONE_THREAD_BELOW = 1 << 14
+# The same for edits: less work, and in a decoding step the other threads have gone to sleep since
+# the last projection. PyTorch's own limit is 1 << 15.
+FEW_TO_EDIT = 1 << 16
 
 
 def missing() -> str | None:
@@ -65,7 +77,7 @@ def profile(
     rows, width, _ = size
     small = rows * width < _ONE_THREAD_BELOW and gate.is_cpu
     library.profile(
-        gate, up, product, _ACTIVATIONS[activation], threshold,
+        gate, up, product, ACTIVATIONS[activation], threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
         1 if small else _resource(size, gate),
     )  # fmt: skip
@@ -76,22 +88,26 @@ def profile_(size: Size, gate: Tensor, up: Tensor | None, activation: str, *stat
     """See `declarations.compute_profile_`."""
     if up is not None:
         up = in_rows(up)
-    library.profile(gate, up, gate, _ACTIVATIONS[activation], *statistics, _resource(size, gate))
+    library.profile(gate, up, gate, ACTIVATIONS[activation], *statistics, _resource(size, gate))
 
 
 def observe(size: Size, gate: Tensor, activation: str, *statistics) -> None:
     """See `declarations.compute_observe`."""
     gate = in_rows(gate)
-    library.profile(gate, None, None, _ACTIVATIONS[activation], *statistics, _resource(size, gate))
+    library.profile(gate, None, None, ACTIVATIONS[activation], *statistics, _resource(size, gate))
 
 
 def edit(size: Size, gate: Tensor, up: Tensor | None, activation: str, *edits) -> Tensor:
     """See `declarations.compute_edit`."""
-    product = _empty(gate)
-    gate = in_rows(gate)
-    if up is not None:
+    if gate.is_contiguous():
+        product = torch.empty_like(gate)
+    else:
+        product, gate = _empty(gate), in_rows(gate)
+    if up is not None and not up.is_contiguous():
         up = in_rows(up)
-    library.edit(gate, up, product, _ACTIVATIONS[activation], *edits, _resource(size, gate))
+    library.edit(
+        gate, up, product, ACTIVATIONS[activation], *edits, _resource(size, gate, FEW_TO_EDIT)
+    )
     return product
 
 
@@ -100,8 +116,8 @@ def _empty(gate: Tensor) -> Tensor:
     return torch.empty_like(gate) if gate.is_contiguous() else gate.new_empty(gate.shape)
 
 
-def _resource(size: Size, gate: Tensor) -> int:
+def _resource(size: Size, gate: Tensor, few: int = _ONE_THREAD_BELOW) -> int:
     """How many threads may compute, or on a GPU the stream that torch is queueing on."""
     if gate.is_cpu:
-        return 1 if size[0] * size[1] < _ONE_THREAD_BELOW else torch.get_num_threads()
+        return 1 if size[0] * size[1] < few else torch.get_num_threads()
     return torch._C._cuda_getCurrentRawStream(gate.device.index)
