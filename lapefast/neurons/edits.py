@@ -100,7 +100,7 @@ def deactivate(sets: Neurons) -> Edit:
         sets: `neurons[label]`, or site -> integers.
 
     Raises:
-        InputError: the neurons are not integers within their sites.
+        InputError: there are none, or they are not integers within their sites.
     """
     return _edit(sets, scale=0.0, shift=0.0)
 
@@ -114,8 +114,8 @@ def activate(sets: Neurons, values: Values) -> Edit:
             known by position take the sites of `values` in their order.
 
     Raises:
-        InputError: the neurons are not integers within their sites, a site has no values or too
-            few, or a value is not finite in float32.
+        InputError: there are no neurons, they are not integers within their sites, a site has no
+            values or too few, or a value is not finite in float32.
     """
     return _edit(sets, scale=0.0, shift=values)
 
@@ -132,6 +132,9 @@ def add(sets: Neurons, values: Values, strength: float = 1.0) -> Edit:
 
 def _edit(sets: Neurons, scale: Values, shift: Values, strength: float = 1.0) -> Edit:
     chosen = _union(sets)
+    if not chosen.total:
+        of_label = f"the label {chosen.label} has none" if chosen.label else "none are given"
+        raise InputError(f"there are no neurons to edit: {of_label}")
     layout = chosen.layout
     for values in (scale, shift):
         if isinstance(values, Mapping) and layout.positional:

@@ -44,7 +44,6 @@ def test_only_sites_with_neurons_have_a_table():
     edit = deactivate(NeuronSet({"b": [2]}, "en", LAYOUT))
     assert list(edit.tables) == ["b"]
     assert edit.total == 1
-    assert deactivate(NeuronSet({}, "en", LAYOUT)).tables == {}
 
 
 def test_a_plain_dict_of_indices_will_do():
@@ -59,7 +58,20 @@ def test_a_plain_dict_of_indices_will_do():
 def test_sets_of_several_labels_are_edited_as_their_union():
     sets = NeuronSets({"en": {"a": [1]}, "zh": {"a": [0, 1]}}, LAYOUT)
     assert table(deactivate(sets), "a")[0] == [0, 1]
-    assert deactivate(NeuronSets({}, LAYOUT)).tables == {}
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"),
+    [
+        (NeuronSet({}, "en", LAYOUT), "no neurons to edit: the label en has none"),
+        (NeuronSets({}, LAYOUT), "no neurons to edit: none are given"),
+        ({"a": []}, "no neurons to edit: none are given"),
+    ],
+)
+def test_an_edit_of_no_neurons_is_refused(neurons, message):
+    for make in (deactivate, lambda sets: activate(sets, VALUES), lambda sets: scale(sets, 2.0)):
+        with pytest.raises(InputError, match=message):
+            make(neurons)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
@@ -121,7 +133,7 @@ def test_combining_leaves_the_parts_as_they_were():
     ],
 )
 def test_edits_for_models_that_differ_do_not_combine(layout, message):
-    other = deactivate(NeuronSet({}, "zh", layout))
+    other = deactivate(NeuronSet({layout.sites[0]: [0]}, "zh", layout))
     for combine in (lambda: deactivate(EN) | other, lambda: deactivate(EN).overlap(other)):
         with pytest.raises(InputError, match=message):
             combine()
@@ -129,8 +141,8 @@ def test_edits_for_models_that_differ_do_not_combine(layout, message):
 
 def test_edits_of_models_of_different_depth_do_not_combine():
     with pytest.raises(InputError, match="2 and 3 sites"):
-        deactivate(NeuronSet({}, "en", Layout((0, 1)))) | deactivate(
-            NeuronSet({}, "en", Layout((0, 1, 2)))
+        deactivate(NeuronSet({0: [1]}, "en", Layout((0, 1)))) | deactivate(
+            NeuronSet({0: [1]}, "en", Layout((0, 1, 2)))
         )
 
 
