@@ -14,19 +14,20 @@ PYTEST := $(BIN)/python -m pytest --timeout=300
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
 .PHONY: demo test test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
-	test-wheel test-transformers4 bench gpu lint clean
+	test-wheel test-transformers4 test-vllm bench gpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
 # Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-long test-cuda-on-cpu test-triton test-transformers4 test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
+test test-long test-cuda-on-cpu test-triton test-transformers4 test-vllm \
+	test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not long"
 
 test-all: test lint test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton test-wheel \
-	test-transformers4
+	test-transformers4 test-vllm
 
 test-long: $(VENV)/.ready
 	$(PYTEST) -m long
@@ -53,6 +54,10 @@ test-wheel: $(VENV)/.ready
 
 test-transformers4: $(VENV)/.ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
+
+# Serving by vLLM, every command of docs/serving.md included.
+test-vllm: $(VENV)/.ready
+	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/vllm.sh
 
 bench: $(VENV)/.bench-ready
 	$(BENCH) --benchmark-quiet -q -rs

@@ -22,19 +22,23 @@ _EXPORTS = {
     "scale": "lapefast.neurons",
     "add": "lapefast.neurons",
     "steer": "lapefast.steering",
+    "fold": "lapefast.steering",
+    "ResidualMeans": "lapefast.steering.diffmean",
+    "residual_means": "lapefast.steering.diffmean",
 }
-_MODULES = ("detect", "evaluate")
+_MODULES = ("detect", "evaluate", "export")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from lapefast import detect, evaluate
+    from lapefast import detect, evaluate, export
     from lapefast.errors import InputError
     from lapefast.neurons import Edit, NeuronSets, activate, add, deactivate, scale
     from lapefast.profiles import Profile
     from lapefast.profiling.run import profile
     from lapefast.recording import record
-    from lapefast.steering import steer
+    from lapefast.steering import fold, steer
+    from lapefast.steering.diffmean import ResidualMeans, residual_means
 
 
 def __getattr__(name: str):

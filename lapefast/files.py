@@ -1,10 +1,11 @@
-"""Files are written aside and renamed, so that nobody ever sees half of one."""
+"""Files and directories are written aside and renamed, so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
 import io
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ import torch
 
 from lapefast.errors import InputError
 
-__all__ = ["existing_file", "read_torch", "write_atomically", "write_torch"]
+__all__ = ["existing_file", "read_torch", "write_atomically", "write_directory", "write_torch"]
 
 
 @contextmanager
@@ -55,6 +56,45 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; on success it becomes `path` at once.
+
+    As `write_atomically` does for a file: flushed before it is renamed, and removed with all that
+    is in it whatever goes wrong.
+
+    Raises:
+        InputError: something stands at `path` that is no empty directory, its parent is missing or
+            not writable, or the operating system refuses to write.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(
+            f"cannot write {path}: it exists already; give a path that does not, or an empty "
+            "directory"
+        )
+    if not target.parent.is_dir():
+        raise InputError(
+            f"cannot write {path}: the directory {target.parent} does not exist; create it first"
+        )
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        # Over an empty directory, too; over anything that came to be in it, the system refuses.
+        os.rename(temporary, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {_reason(error)}; nothing was changed, "
+            "make room or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def existing_file(path: str | os.PathLike[str], what: str) -> Path:

@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "lapefast"
 # From the bottom up; parts on one line may import each other, but not in a circle.
 ORDER = [
     {"errors"},
-    {"files", "ops"},
+    {"files", "sealed", "ops"},
     {"corpus", "models", "neurons"},
     {"profiles"},
     {"recording", "engines"},
     {"profiling", "steering"},
-    {"detect", "evaluate"},
+    {"detect", "evaluate", "export"},
     {"report"},
     {"doctor", "demo"},
     {"cli"},

@@ -14,10 +14,13 @@ import typer
 from lapefast.cli.demo import demo
 from lapefast.cli.doctor import doctor
 from lapefast.cli.evaluate import evaluate
+from lapefast.cli.export import export
+from lapefast.cli.generate import generate
 from lapefast.cli.identify import identify
 from lapefast.cli.info import info
 from lapefast.cli.merge import merge
 from lapefast.cli.profile import profile
+from lapefast.cli.sweep import sweep
 from lapefast.errors import InputError
 
 __all__ = ["app", "main"]
@@ -64,7 +67,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-for _command in (profile, identify, evaluate, merge, info, demo, doctor):
+_COMMANDS = (
+    *(profile, identify, evaluate, generate, sweep, export),
+    *(merge, info, demo, doctor),
+)
+for _command in _COMMANDS:
     app.command()(_guarded(_command))
 
 

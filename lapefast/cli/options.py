@@ -120,6 +120,21 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=_RUN_PANEL),
 ]
+WhereEdited = Annotated[
+    Literal["all", "prompt", "generated"],
+    typer.Option(
+        metavar="POSITIONS",
+        help="Where edits hold: all, prompt or generated.",
+        rich_help_panel=_RUN_PANEL,
+    ),
+]
+NewTokens = Annotated[
+    int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=_RUN_PANEL)
+]
+GenerationBatch = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=_RUN_PANEL),
+]
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ class Loaded:
 
 def load(
     name: str,
-    corpora: dict[str, str],
+    corpora: dict[str, str] | None,
     text: dict[str, Any],
     *,
     dtype: str,
@@ -143,11 +158,13 @@ def load(
     quantization: str | None,
     seed: int,
     threads: int | None,
+    tokenizer: bool | None = None,
 ) -> Loaded:
     """Load the model of a command, after setting threads and random numbers.
 
-    The tokenizer is loaded unless every corpus is a file of token ids. The corpora, read by the
-    options `text`, are looked at before the model, which may take long to load.
+    The tokenizer is loaded as `tokenizer` says; None: unless every corpus is a file of token ids.
+    The corpora, read by the options `text`, are looked at before the model, which may take long to
+    load.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -160,10 +177,13 @@ def load(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     checkpoint = Checkpoint(name, revision, trust_remote_code)
-    only_ids = all(Path(source).suffix in (".npy", ".pt", ".pth") for source in corpora.values())
-    tokenizer = None if only_ids else load_tokenizer(checkpoint)
-    open_corpora(corpora, tokenizer, **text)
-    return Loaded(load_model(checkpoint, dtype, device, device_map, quantization), tokenizer)
+    if tokenizer is None:
+        ids = (".npy", ".pt", ".pth")
+        tokenizer = not corpora or any(Path(one).suffix not in ids for one in corpora.values())
+    loaded = load_tokenizer(checkpoint) if tokenizer else None
+    if corpora is not None:
+        open_corpora(corpora, loaded, **text)
+    return Loaded(load_model(checkpoint, dtype, device, device_map, quantization), loaded)
 
 
 def check_output(path: Path) -> None:
@@ -172,6 +192,22 @@ def check_output(path: Path) -> None:
         raise InputError("cannot write to standard output; give a file's name")
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a directory; give a file's name")
+    _check_parent(path)
+
+
+def check_directory(path: Path) -> None:
+    """Refuse, before any work is done, a directory that could not be written after it."""
+    if str(path) == "-":
+        raise InputError("cannot write a directory to standard output; give a name")
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        kind = "is a directory that is not empty" if path.is_dir() else "is a file"
+        raise InputError(f"cannot write {path}: it {kind}; give a new directory's name")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     directory = path.parent
     if not directory.is_dir():
         raise InputError(

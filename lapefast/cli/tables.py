@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lapefast.evaluate import PerplexityMatrix
+from lapefast.evaluate import PerplexityMatrix, Sweep
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
 
@@ -23,12 +23,14 @@ console = Console(
 )
 
 
-def show(content: Profile | NeuronSets | PerplexityMatrix) -> None:
-    """Print what a file holds, as a table."""
+def show(content: Profile | NeuronSets | PerplexityMatrix | Sweep) -> None:
+    """Print what was found, as a table."""
     if isinstance(content, Profile):
         _show_profile(content)
     elif isinstance(content, NeuronSets):
         _show_neurons(content)
+    elif isinstance(content, Sweep):
+        _show_sweep(content)
     else:
         _show_matrix(content)
 
@@ -71,6 +73,34 @@ def _show_matrix(matrix: PerplexityMatrix) -> None:
         ]
         own = label in matrix.columns
         table.add_row(label, *cells, f"{random[matrix.columns.index(label)]:+.2f}" if own else "")
+    console.print(table)
+
+
+def _show_sweep(found: Sweep) -> None:
+    pairs = found.summary()
+    random = any(pair.random for pair in pairs)
+    shifted = any(pair.diffmean for pair in pairs)
+    console.print(
+        "Share of answers in the target's language, and their perplexity under the unedited model. "
+        "Overlap: neurons of both, which are activated."
+    )
+    kinds = ["unedited", "edited"]
+    kinds += ["random", "of sets"] if random else []
+    kinds += ["diffmean"] if shifted else []
+    named = [f"ppl {kind}" for kind in kinds if kind != "of sets"]
+    table = _table("source", "target", "overlap", *kinds, *named)
+    for pair in pairs:
+        outcomes = [pair.unedited, pair.edited]
+        shares = [f"{one.share:.0%}" for one in outcomes]
+        if pair.random:
+            outcomes.append(pair.random_mean)
+            least, largest = pair.random_range
+            shares += [f"{pair.random_mean.share:.0%}", f"{least:.0%} to {largest:.0%}"]
+        if pair.diffmean:
+            outcomes.append(pair.diffmean)
+            shares.append(f"{pair.diffmean.share:.0%}")
+        perplexities = [f"{one.perplexity:.2f}" for one in outcomes]
+        table.add_row(pair.source, pair.target, str(pair.overlap), *shares, *perplexities)
     console.print(table)
 
 

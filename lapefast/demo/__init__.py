@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from lapefast.demo.cache import TOP_RATE, Demo, cache_directory, load
+from lapefast.demo.prompts import prompts
 from lapefast.demo.text import LANGUAGES, compose
 
-__all__ = ["LANGUAGES", "TOP_RATE", "Demo", "cache_directory", "compose", "load"]
+__all__ = ["LANGUAGES", "TOP_RATE", "Demo", "cache_directory", "compose", "load", "prompts"]

@@ -69,16 +69,45 @@ class TokenLikelihood:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         if not self.in_chunks:
             for row in rows.split(1):
-                total += _nll(self._forward(row)[:, :-1], row[:, 1:])
+                losses = _losses(self._forward(row)[0, :-1], row[0, 1:])
+                total += losses.sum(dtype=torch.float64)
             return float(total)
         output = self._decode(rows)
         hidden = output[0][:, :-1].flatten(0, 1)
-        targets = rows[:, 1:].flatten()
+        for losses in self._losses(output, hidden, rows[:, 1:].flatten()):
+            total += losses.sum(dtype=torch.float64)
+        return float(total)
+
+    @torch.no_grad()
+    def of_each(self, rows: Tensor, counted: Tensor) -> Tensor:
+        """The sum over each row's counted tokens of -ln p(token), in nats; float64 [batch].
+
+        Logits of other tokens are not computed where the head runs in chunks. Rows may be padded
+        on the right with any token, since a causal model does not see what follows.
+
+        Args:
+            rows: int64 [batch, length].
+            counted: bool [batch, length]; a row's first token has no prediction and never counts.
+        """
+        rows, counted = rows.to(self._device), counted[:, 1:].to(self._device)
+        if self.in_chunks:
+            output = self._decode(rows)
+            pieces = self._losses(output, output[0][:, :-1][counted], rows[:, 1:][counted])
+        else:
+            pieces = (
+                _losses(self._forward(row[None])[0, :-1][wanted], row[1:][wanted])
+                for row, wanted in zip(rows, counted, strict=True)
+            )
+        losses = rows.new_zeros(counted.shape, dtype=torch.float64)
+        losses[counted] = torch.cat([rows.new_zeros(0, dtype=torch.float64), *pieces])
+        return losses.sum(1).cpu()
+
+    def _losses(self, output, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """The losses of ``targets`` [n] by the decoder's ``hidden`` [n, ...], a piece at a time."""
         step = max(_CHUNK_TOKENS, _CHUNK_LOGITS // self._vocabulary)
         with self._passing() as logits_of:
             for piece, wanted in zip(hidden.split(step), targets.split(step), strict=True):
-                total += _nll(logits_of(output, piece[None]), wanted[None])
-        return float(total)
+                yield _losses(logits_of(output, piece[None])[0], wanted)
 
     def _forward(self, rows: Tensor) -> Tensor:
         return self._model(**forward_inputs(self._model, rows)).logits
@@ -143,11 +172,12 @@ class TokenLikelihood:
             return False
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 [n], where the targets lie, of logits [n, vocabulary] and targets [n]."""
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
+        logits.float(), targets.to(logits.device), reduction="none"
     )
-    return losses.sum(dtype=torch.float64).to(targets.device)
+    return losses.to(targets.device)
 
 
 def _refuse_by_name(model: nn.Module) -> None:

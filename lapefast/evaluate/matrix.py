@@ -21,11 +21,12 @@ from lapefast import __version__
 from lapefast.corpus import open_corpora
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
+from lapefast.evaluate.random_sets import random_like
 from lapefast.files import existing_file, write_atomically
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import input_device, row_length, vocabulary_size
 from lapefast.neurons import NeuronSet, NeuronSets, deactivate
-from lapefast.profiling.run import fitting_batch_size
+from lapefast.profiling.batches import fitting_batch_size
 from lapefast.recording import record
 from lapefast.steering import steer
 
@@ -170,7 +171,7 @@ def perplexity_matrix(
     generator = torch.Generator().manual_seed(seed)
     passes = [NeuronSet({}, None, neurons.layout)]
     for neuron_set in neurons.values():
-        passes += [neuron_set, *(_random_like(neuron_set, generator) for _ in range(random_sets))]
+        passes += [neuron_set, *(random_like(neuron_set, generator) for _ in range(random_sets))]
     with (
         evaluating(model),
         tqdm(
@@ -247,15 +248,6 @@ def _not_finite(model: nn.Module, label: str, batch: Tensor) -> InputError:
         f"the likelihood of the text of label {label!r} is not finite (NaN or infinite); check the "
         "model's weights or use a wider dtype"
     )
-
-
-def _random_like(neurons: NeuronSet, generator: torch.Generator) -> NeuronSet:
-    """As many neurons in each site, drawn from all of the site's."""
-    drawn = {
-        site: torch.randperm(neurons.widths[site], generator=generator)[: len(indices)]
-        for site, indices in neurons.items()
-    }
-    return NeuronSet(drawn, None, neurons.layout)
 
 
 def _read(

@@ -32,6 +32,12 @@ def forward_inputs(bare: nn.Module, ids: Tensor) -> dict[str, Tensor | bool]:
     return inputs
 
 
+def probe_ids(bare: nn.Module) -> Tensor:
+    """A few different token ids, int64 [2, 8], to run a model on before it is used."""
+    ids = torch.arange(2 * 8, device=input_device(bare)).reshape(2, 8) * 7919 + 1
+    return ids % (vocabulary_size(bare) or 16)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's token ids belong."""
     bare = bare_model(model)

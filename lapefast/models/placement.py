@@ -15,7 +15,7 @@ from torch import nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
-from lapefast.models.inputs import forward_inputs, input_device, vocabulary_size
+from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.placed import SiteState, activation_forward, gated_forward
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
@@ -98,8 +98,7 @@ class Placement:
             InputError: where a site's proof fails, an FFN runs without its activation module, or
                 none runs at all.
         """
-        ids = torch.arange(2 * 8, device=input_device(self.bare)).reshape(2, 8) * 7919 + 1
-        ids %= vocabulary_size(self.bare) or 16
+        ids = probe_ids(self.bare)
         try:
             with self._probing(ids.shape) as order:
                 self.bare(**forward_inputs(self.bare, ids))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating, headless
-from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
-from lapefast.models.placement import dtype_of
-from lapefast.models.structure import find_ffns
 from lapefast.profiles import Profile
+from lapefast.profiling.batches import CorpusPass
 from lapefast.recording import Recorder
+
+__all__ = ["profile"]
 
 
 def profile(
@@ -70,29 +66,19 @@ def profile(
     """
     if resume is not None:
         raise InputError("resume must be None: resumable runs are not available in this version")
-    length = row_length(model, seq_len)
-    if batch_size is not None and not isinstance(batch_size, Integral):
-        raise InputError(f"batch_size must be an integer, got {batch_size!r}")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    opened = open_corpora(
+    text = CorpusPass(
+        model,
         corpora,
         tokenizer,
+        seq_len,
+        batch_size,
+        max_tokens,
+        progress,
         document=document,
         field=field,
         special_tokens=special_tokens,
-        vocab_size=vocabulary_size(model),
     )
-    lengths = {
-        corpus.label: row_length(model, corpus.row_length) if corpus.row_length else length
-        for corpus in opened
-    }
-    for corpus in opened:
-        if seq_len is not None and corpus.row_length is not None:
-            lengths[corpus.label] = seq_len  # refused by the corpus where its rows differ
-        corpus.check(lengths[corpus.label])
-    batch_size = batch_size or fitting_batch_size(model, max(lengths.values()))
-    bare, device = bare_model(model), input_device(model)
+    bare = bare_model(model)
     with (
         Recorder(model, list(corpora), statistics, threshold, exact, backend) as recorder,
         evaluating(model),
@@ -100,67 +86,14 @@ def profile(
         torch.no_grad(),
     ):
         recorder.end_at_last_site()
-        for corpus in opened:
-            recorder.set(label=corpus.label)
-            for batch in _batches(corpus, lengths[corpus.label], max_tokens, batch_size, progress):
-                bare(**forward_inputs(bare, batch.to(device)))
+        for label in text.labels:
+            recorder.set(label=label)
+            for inputs in text.inputs(label):
+                bare(**inputs)
             recorder.check()
         counted = recorder.profile()
     counted.metadata.update(
         tokenizer=getattr(tokenizer, "name_or_path", None),
-        seq_len=max(lengths.values()),
-        batch_size=batch_size,
-        corpora=[corpus.report.to_json() for corpus in opened],
+        **text.metadata(),
     )
     return counted
-
-
-def fitting_batch_size(model: nn.Module, length: int) -> int:
-    """Rows per forward pass: about 2,048 tokens on a CPU and 16,384 elsewhere, if memory allows.
-
-    Larger batches were not faster on a CPU, where activations should stay near the caches.
-    """
-    device = input_device(model)
-    ffns = find_ffns(model)
-    widest = max(ffns, key=lambda ffn: ffn.site.width)
-    # Gate, up, product, and about as much again for the attention and the residual stream.
-    per_token = 6 * widest.site.width * dtype_of(widest).itemsize
-    if device.type == "cuda":
-        free, wanted = torch.cuda.mem_get_info(device)[0], 16384
-    else:
-        free, wanted = psutil.virtual_memory().available, 2048
-    return max(1, min(wanted, free // 4 // per_token) // length)
-
-
-def _batches(
-    corpus: Corpus, length: int, max_tokens: int | None, batch_size: int, progress: bool
-) -> Iterator[Tensor]:
-    """The corpus's rows, ``batch_size`` at a time, the last batch as long as they last."""
-    with (
-        corpus.rows(length, max_tokens) as rows,
-        tqdm(desc=corpus.label, unit="tok", unit_scale=True, disable=not progress) as bar,
-    ):
-        for batch in _regrouped(rows, batch_size):
-            yield batch
-            if rows.fraction:
-                bar.total = max(int(bar.n / rows.fraction), bar.n + batch.numel())
-            bar.update(batch.numel())
-        bar.total = bar.n
-        bar.refresh()
-
-
-def _regrouped(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    held: list[Tensor] = []
-    for chunk in chunks:
-        held.append(chunk)
-        if sum(map(len, held)) >= size:
-            *full, rest = torch.cat(held).split(size)
-            if len(rest) == size:
-                full, rest = [*full, rest], rest[:0]
-            yield from full
-            held = [rest]
-    if sum(map(len, held)):
-        yield torch.cat(held)
-
-
-__all__ = ["fitting_batch_size", "profile"]

@@ -1,0 +1,178 @@
+"""`lapefast sweep`: steering from every language to every other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lapefast.cli import edits, options
+from lapefast.cli.options import check_output, load
+from lapefast.errors import InputError
+
+__all__ = ["sweep"]
+
+
+def sweep(
+    model: options.Model,
+    neurons: edits.Neurons,
+    profile: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="The profile, with sums, for the means.", show_default=False
+        ),
+    ],
+    output: options.Output,
+    labels: edits.Labels = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines with the fields label and prompt; by default beginnings of lists of "
+            "names, dates and amounts in en, zh, fr, es, vi, id and ja.",
+            show_default=False,
+        ),
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE=TARGET",
+            help="A pair. May be repeated; by default all of the neurons' labels.",
+            show_default=False,
+        ),
+    ] = None,
+    random_sets: Annotated[
+        int, typer.Option(min=0, help="Random sets of equal size per layer to compare with.")
+    ] = 5,
+    where: options.WhereEdited = "all",
+    max_new_tokens: options.NewTokens = 32,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=CODE",
+            help="The language of a label that is not its code. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    any_language: Annotated[
+        bool,
+        typer.Option(
+            "--any-language",
+            help="Texts may be in any language, not the labels' alone: short ones are then often "
+            "taken for a relative.",
+        ),
+    ] = False,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=SOURCE",
+            help="Text of a label, to compare with DiffMean. Once per label.",
+            show_default=False,
+            rich_help_panel="DiffMean",
+        ),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Of the shift.", rich_help_panel="DiffMean")
+    ] = 1.0,
+    shift_layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="INDEX",
+            help="A layer to shift. May be repeated; by default the middle one.",
+            show_default=False,
+            rich_help_panel="DiffMean",
+        ),
+    ] = None,
+    document: options.Document = "line",
+    field: options.Field = "text",
+    special_tokens: options.SpecialTokens = True,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    quantization: options.Quantization = None,
+    batch_size: options.GenerationBatch = 64,
+    seq_len: options.SeqLen = None,
+    max_tokens: options.MaxTokens = 2**20,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+) -> None:
+    """Steer prompts of each language to each other one, and tell the languages of the answers.
+
+    Example: `lapefast sweep ./my-model --neurons my-model.neurons.json
+    --profile my-model.profile.safetensors -o sweep.jsonl`
+    """
+    check_output(output)
+    from lapefast import Profile
+    from lapefast.corpus import parse_corpus_arguments
+    from lapefast.evaluate.prompts import read_prompts
+
+    corpora = parse_corpus_arguments(corpus) if corpus else None
+    text = {"document": document, "field": field, "special_tokens": special_tokens}
+    sets = edits.read_neurons(neurons, labels)
+    pairs = edits.parse_pairs(pair, "--pair", "SOURCE=TARGET, such as en=zh") or None
+    codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
+    measured = Profile.load(profile)
+    sources = [source for source, _ in pairs] if pairs else sets.labels
+    if prompts is None:
+        from lapefast import demo
+
+        texts = demo.prompts()
+        for source in sources:
+            if source not in texts:
+                raise InputError(
+                    f"there are prompts of {', '.join(texts)} but none of label {source!r}; give "
+                    "some by --prompts"
+                )
+    else:
+        texts = read_prompts(prompts)
+    loaded = load(
+        model,
+        corpora,
+        text,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        seed=seed,
+        threads=threads,
+        tokenizer=True,
+    )
+    import lapefast as lf
+    from lapefast.cli.tables import console, show
+
+    means = None
+    if corpora is not None:
+        means = lf.residual_means(
+            loaded.model,
+            corpora,
+            loaded.tokenizer,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            **text,
+        )
+    found = lf.evaluate.sweep(
+        loaded.model,
+        sets,
+        measured,
+        texts,
+        loaded.tokenizer,
+        means=means,
+        pairs=pairs,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        where=where,
+        random_sets=random_sets,
+        strength=strength,
+        shift_layers=shift_layer or None,
+        languages=codes,
+        restrict=not any_language,
+        seed=seed,
+    )
+    found.save(output)
+    show(found)
+    console.print(f"wrote {output}", highlight=False)

@@ -1,0 +1,108 @@
+"""Whether the weights that are served are those that the edits are bound to.
+
+vLLM keeps a model's weights fused, cut and repacked, so the fingerprint is taken from its files: an
+empty model of transformers, given the last projections as they lie in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapefast.engines.vllm.served import Served
+from lapefast.errors import InputError
+from lapefast.models import fingerprint
+from lapefast.models.structure import find_ffns
+
+__all__ = ["ENVIRONMENT", "check_fingerprint", "checkpoint_fingerprint"]
+
+ENVIRONMENT = "LAPEFAST_CHECK_FINGERPRINT"
+_log = logging.getLogger("vllm.lapefast")  # under vLLM's logger, so that a server shows it
+
+
+def check_fingerprint(config: Any, served: Served) -> None:
+    """Compare a vLLM model configuration's checkpoint with the model that the edits are bound to.
+
+    A checkpoint that can't be read so (quantised, or not safetensors) is named in a warning;
+    `LAPEFAST_CHECK_FINGERPRINT=0` leaves the comparison out.
+
+    Raises:
+        InputError: they differ.
+    """
+    if os.environ.get(ENVIRONMENT) == "0":
+        return
+    try:
+        actual = checkpoint_fingerprint(
+            _directory(config.model, config.revision), config.trust_remote_code
+        )
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        _log.warning(
+            "The fingerprint of %s can't be taken (%s: %s): of the edits, sites and widths are "
+            "checked and the weights are not.",
+            config.model, type(error).__name__, error,
+        )  # fmt: skip
+        return
+    expected = served.layout.fingerprint
+    if expected is not None and actual != expected:
+        raise InputError(
+            f"the edits are bound to {served.layout.model or 'a model'} with fingerprint "
+            f"{expected[:12]}, but {config.model} has {actual[:12]}; serve that model, or set "
+            f"{ENVIRONMENT}=0 if these weights are meant"
+        )
+
+
+def checkpoint_fingerprint(directory: Path, trust_remote_code: bool = False) -> str:
+    """The fingerprint of the model in a directory, without loading more of it than that needs.
+
+    Raises:
+        OSError, KeyError, ValueError: it has no safetensors, or not those of its configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    files = _files(directory)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for ffn in find_ffns(model):
+        for name, empty in list(ffn.last.named_parameters()):
+            tensor = _read(directory, files, f"{paths[id(ffn.last)]}.{name}")
+            if tensor.shape != empty.shape:
+                raise ValueError(f"{name} of {ffn.site.name} is {list(tensor.shape)}")
+            ffn.last.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return fingerprint(model)
+
+
+def _directory(model: str, revision: str | None) -> Path:
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, local_files_only=True))
+
+
+def _files(directory: Path) -> dict[str, str]:
+    """Tensor -> the safetensors file that holds it."""
+    from safetensors import safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return json.loads(index.read_text("utf-8"))["weight_map"]
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def _read(directory: Path, files: dict[str, str], name: str) -> Tensor:
+    from safetensors import safe_open
+
+    if name not in files:
+        # A checkpoint of the bare model has not its head's prefix.
+        name = next((key for key in files if name.endswith(f".{key}")), name)
+    with safe_open(directory / files[name], framework="pt") as file:
+        return file.get_tensor(name)
