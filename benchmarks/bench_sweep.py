@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,8 @@ from lapefast.neurons.layout import Layout
 from lapefast.steering.continuations import continuations
 
 _NEW_TOKENS = 32
+_DEFAULT = 128
+_SIZES = (64, _DEFAULT)
 _TINY = Recipe(
     documents=150,
     valid_documents=20,
@@ -57,9 +60,11 @@ def test_sweep(contest, report, device, quick, prompts, bar):
     ]
     new_tokens = 4 if quick else _NEW_TOKENS
 
-    def shared() -> list[list[int]]:
+    def shared(size: int) -> list[list[int]]:
         requests = [(ids, edit) for given, edit in pairs for ids in given]
-        return continuations(model, requests, max_new_tokens=new_tokens, progress=False)
+        return continuations(
+            model, requests, max_new_tokens=new_tokens, batch_size=size, progress=False
+        )
 
     def one_pair_at_a_time() -> list[list[int]]:
         generate = _padded(model, new_tokens)
@@ -70,23 +75,28 @@ def test_sweep(contest, report, device, quick, prompts, bar):
         return found
 
     def check() -> None:
-        assert shared() == one_pair_at_a_time()
+        alone = one_pair_at_a_time()
+        assert all(shared(size) == alone for size in _SIZES)
 
     what = f"sweep of {len(pairs)} pairs of the demo model, {prompts} prompts each"
     timings = contest(
         what,
-        {"shared batches of 64": shared, "one pair at a time": one_pair_at_a_time},
+        {
+            **{f"shared batches of {size}": functools.partial(shared, size) for size in _SIZES},
+            "one pair at a time": one_pair_at_a_time,
+        },
         [()],
         check,
         rounds=5,
         tokens=len(pairs) * prompts * new_tokens,
     )
-    report.row(
-        f"{what}: one pair at a time",
-        timings.ratio("one pair at a time", "shared batches of 64"),
-        "x as long as shared batches",
-        at_least=bar,
-    )
+    for size in _SIZES:
+        report.row(
+            f"{what}: one pair at a time",
+            timings.ratio("one pair at a time", f"shared batches of {size}"),
+            f"x as long as shared batches of {size}",
+            at_least=bar if size == _DEFAULT else None,
+        )
 
 
 def _padded(model, new_tokens: int) -> Callable[[list[list[int]]], list[list[int]]]:

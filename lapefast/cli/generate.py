@@ -58,7 +58,7 @@ def generate(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     quantization: options.Quantization = None,
-    batch_size: options.GenerationBatch = 64,
+    batch_size: options.GenerationBatch = 128,
     seed: options.Seed = 0,
     threads: options.Threads = None,
 ) -> None:

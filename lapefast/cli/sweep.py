@@ -93,7 +93,7 @@ def sweep(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     quantization: options.Quantization = None,
-    batch_size: options.GenerationBatch = 64,
+    batch_size: options.GenerationBatch = 128,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = 2**20,
     seed: options.Seed = 0,

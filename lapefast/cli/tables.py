@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lapefast.evaluate import PerplexityMatrix, Sweep
+from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
 
@@ -90,18 +91,26 @@ def _show_sweep(found: Sweep) -> None:
     named = [f"ppl {kind}" for kind in kinds if kind != "of sets"]
     table = _table("source", "target", "overlap", *kinds, *named)
     for pair in pairs:
-        outcomes = [pair.unedited, pair.edited]
-        shares = [f"{one.share:.0%}" for one in outcomes]
-        if pair.random:
-            outcomes.append(pair.random_mean)
-            least, largest = pair.random_range
-            shares += [f"{pair.random_mean.share:.0%}", f"{least:.0%} to {largest:.0%}"]
-        if pair.diffmean:
-            outcomes.append(pair.diffmean)
-            shares.append(f"{pair.diffmean.share:.0%}")
-        perplexities = [f"{one.perplexity:.2f}" for one in outcomes]
-        table.add_row(pair.source, pair.target, str(pair.overlap), *shares, *perplexities)
+        table.add_row(*_pair_cells(pair))
+    mean = mean_of_pairs(pairs)
+    if mean is not None:
+        table.add_section()
+        table.add_row(*_pair_cells(mean), style="bold")
     console.print(table)
+
+
+def _pair_cells(pair: PairSummary) -> list[str]:
+    outcomes = [pair.unedited, pair.edited]
+    shares = [f"{one.share:.0%}" for one in outcomes]
+    if pair.random:
+        outcomes.append(pair.random_mean)
+        least, largest = pair.random_range
+        shares += [f"{pair.random_mean.share:.0%}", f"{least:.0%} to {largest:.0%}"]
+    if pair.diffmean:
+        outcomes.append(pair.diffmean)
+        shares.append(f"{pair.diffmean.share:.0%}")
+    perplexities = [f"{one.perplexity:.2f}" for one in outcomes]
+    return [pair.source, pair.target, str(pair.overlap), *shares, *perplexities]
 
 
 def show_metadata(metadata: Mapping[str, Any]) -> None:

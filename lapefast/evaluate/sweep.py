@@ -31,7 +31,7 @@ from lapefast.steering.diffmean import ResidualMeans
 from lapefast.steering.sequences import Where
 from lapefast.steering.shifts import Shift
 
-__all__ = ["Outcome", "PairSummary", "Sweep", "SweepRow", "sweep"]
+__all__ = ["Outcome", "PairSummary", "Sweep", "SweepRow", "mean_of_pairs", "sweep"]
 
 Prompts = Mapping[str, Sequence[str]] | str | os.PathLike[str]
 _Ids = tuple[int, ...]
@@ -165,6 +165,29 @@ class Sweep:
         ]
 
 
+def mean_of_pairs(pairs: Sequence[PairSummary]) -> PairSummary | None:
+    """Means over the pairs of two different labels; None without any."""
+    pairs = [pair for pair in pairs if pair.source != pair.target]
+    if not pairs:
+        return None
+
+    def mean(outcomes: Sequence[Outcome]) -> Outcome:
+        return Outcome(
+            sum(one.share for one in outcomes) / len(outcomes),
+            sum(one.perplexity for one in outcomes) / len(outcomes),
+        )
+
+    return PairSummary(
+        "mean",
+        "others",
+        round(sum(pair.overlap for pair in pairs) / len(pairs)),
+        mean([pair.unedited for pair in pairs]),
+        mean([pair.edited for pair in pairs]),
+        [mean(sets) for sets in zip(*(pair.random for pair in pairs), strict=True)],
+        mean([pair.diffmean for pair in pairs]) if pairs[0].diffmean else None,
+    )
+
+
 def sweep(
     model: nn.Module,
     neurons: NeuronSets,
@@ -175,7 +198,7 @@ def sweep(
     means: ResidualMeans | None = None,
     pairs: Iterable[tuple[str, str]] | None = None,
     max_new_tokens: int = 32,
-    batch_size: int = 64,
+    batch_size: int = 128,
     where: Where = "all",
     random_sets: int = 5,
     strength: float = 1.0,

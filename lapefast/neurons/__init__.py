@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lapefast.neurons.edit_files import NamedEdits, load_edits, save_edits
-from lapefast.neurons.edits import Edit, activate, add, deactivate, scale
+from lapefast.neurons.edits import Edit, activate, add, bind_all, deactivate, scale
 from lapefast.neurons.layout import Layout
 from lapefast.neurons.sets import NeuronSet, NeuronSets
 
@@ -15,6 +15,7 @@ __all__ = [
     "NeuronSets",
     "activate",
     "add",
+    "bind_all",
     "deactivate",
     "load_edits",
     "save_edits",

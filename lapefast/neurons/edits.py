@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from lapefast.errors import InputError
 from lapefast.neurons.layout import Key, Layout, sorted_indices
 from lapefast.neurons.sets import NeuronSet, NeuronSets
 
-__all__ = ["Edit", "Neurons", "Values", "activate", "add", "deactivate", "scale"]
+__all__ = ["Edit", "Neurons", "Values", "activate", "add", "bind_all", "deactivate", "scale"]
 
 Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Neurons int64 [n], sorted; scale float32 [n]; shift float32 [n]."""
@@ -59,7 +59,10 @@ class Edit:
         Raises:
             InputError: see `NeuronSet.bind`.
         """
-        layout = self.layout.bind(model, check_fingerprint)
+        return self._under(self.layout.bind(model, check_fingerprint))
+
+    def _under(self, layout: Layout) -> Edit:
+        """The same edit under the layout of a model, whose widths its neurons must keep to."""
         tables = self.tables
         if self.layout.positional:
             tables = {layout.sites[position]: table for position, table in tables.items()}
@@ -128,6 +131,19 @@ def scale(sets: Neurons, factor: Values) -> Edit:
 def add(sets: Neurons, values: Values, strength: float = 1.0) -> Edit:
     """Add `strength * values` to the neurons' activations; see `activate` for the rest."""
     return _edit(sets, scale=1.0, shift=values, strength=strength)
+
+
+def bind_all(edits: Sequence[Edit], model: Any) -> list[Edit]:
+    """Each edit bound to the model, which is looked at once per layout that differs."""
+    known: list[tuple[Layout, Layout]] = []
+    bound = []
+    for edit in edits:
+        layout = next((found for own, found in known if own == edit.layout), None)
+        if layout is None:
+            layout = edit.layout.bind(model)
+            known.append((edit.layout, layout))
+        bound.append(edit._under(layout))
+    return bound
 
 
 def _edit(sets: Neurons, scale: Values, shift: Values, strength: float = 1.0) -> Edit:

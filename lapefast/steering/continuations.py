@@ -13,9 +13,7 @@ from tqdm.auto import tqdm
 from lapefast.errors import InputError
 from lapefast.models.bare import evaluating, unwrap
 from lapefast.models.inputs import context_limit, input_device
-from lapefast.neurons import Edit
 from lapefast.steering.sequences import Where
-from lapefast.steering.shifts import Shift
 from lapefast.steering.steer import Steer, steer
 
 __all__ = ["Request", "continuations"]
@@ -32,7 +30,7 @@ def continuations(
     requests: Sequence[Request],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = 128,
     where: Where = "all",
     progress: bool = True,
     **sampling: Any,
@@ -67,10 +65,12 @@ def continuations(
             "not continue it; use a causal language model"
         )
     _check_lengths(model, requests, max_new_tokens)
-    requests, edits = _bound(model, requests)
     # Equal edits side by side: a batch then has few tables to place.
+    first: dict[int, int] = {}
+    for position, (_, edit) in enumerate(requests):
+        first.setdefault(id(edit), position)
     order = sorted(
-        range(len(requests)), key=lambda i: (len(requests[i][0]), edits[id(requests[i][1])])
+        range(len(requests)), key=lambda i: (len(requests[i][0]), first[id(requests[i][1])])
     )
     tokens: list[list[int]] = [[]] * len(requests)
     with (
@@ -87,38 +87,6 @@ def continuations(
                 tokens[i] = generated
             bar.update(len(batch))
     return tokens
-
-
-class _BoundEdit(Edit):
-    """An edit bound for all batches at once: reading the model again for each takes long."""
-
-    def bind(self, model: Any, check_fingerprint: bool = True) -> Edit:
-        return self
-
-
-class _BoundShift(Shift):
-    """A shift bound for all batches at once."""
-
-    def bind(self, model: nn.Module) -> Shift:
-        return self
-
-
-def _bound(model: nn.Module, requests: Sequence[Request]) -> tuple[list[Request], dict[int, int]]:
-    """The requests with edits bound to the model, and id -> position of each of these."""
-    bound: dict[int, Steer | None] = {id(None): None}
-    layout = None
-    for _, given in requests:
-        if id(given) in bound:
-            continue
-        if isinstance(given, Shift):
-            bound[id(given)] = _BoundShift(given.bind(model).vectors, given.fingerprint)
-            continue
-        # An edit that knows of the model all that one bound before it does fits it as that one.
-        edit = given if given.layout == layout else given.bind(model)
-        layout = edit.layout
-        bound[id(given)] = _BoundEdit(edit.tables, layout)
-    positions = {id(edit): position for position, edit in enumerate(bound.values())}
-    return [(prompt, bound[id(edit)]) for prompt, edit in requests], positions
 
 
 def _generate(

@@ -14,7 +14,7 @@ from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
 from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
-from lapefast.neurons import Edit
+from lapefast.neurons import Edit, bind_all
 from lapefast.steering.generation import Generation
 from lapefast.steering.sequences import WHERE, StackSets, Where
 from lapefast.steering.shifts import PlacedShifts, Shift
@@ -81,7 +81,10 @@ class Steering:
             raise InputError(f"where must be one of {', '.join(WHERE)}, got {where!r}")
         # An edit that many sequences share has one table.
         different = list({id(one): one for one in given if one is not None}.values())
-        self.edits = [one.bind(model) for one in different]
+        edits = iter(bind_all([one for one in different if isinstance(one, Edit)], model))
+        self.edits = [
+            next(edits) if isinstance(one, Edit) else one.bind(model) for one in different
+        ]
         sets = [-1 if one is None else _position(one, different) for one in given]
         self._exact, self._backend = exact, backend
         self._stacks: dict[str, StackSets] = {}

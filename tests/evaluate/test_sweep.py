@@ -15,7 +15,6 @@ import lapefast as lf
 from lapefast import demo
 from lapefast.errors import InputError
 from lapefast.evaluate import sweep
-from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.random_sets import random_like
 from lapefast.models import find_sites
@@ -400,24 +399,3 @@ def test_of_each_row_by_row_is_what_it_is_in_chunks(model, monkeypatch):
     assert torch.allclose(
         row_by_row.of_each(rows, counted), in_chunks, rtol=0, atol=11 * 4 * 2**-18
     )
-
-
-def test_languages_are_told_apart_among_the_labels_unless_all_are_asked_for():
-    text = "秘鲁索尔: 土库曼语、斯瓦希里语和泰米尔语"
-    assert LanguageIdentifier(["zh", "en"])(text) == "zh"
-    assert LanguageIdentifier(["fr", "en"], restrict=False)(text) not in ("fr", "en")
-    assert LanguageIdentifier(["fr", "en"])("1, 2: 3") is None
-    assert LanguageIdentifier(["zh-Hans", "german"], {"german": "de"}).codes == {
-        "zh-Hans": "zh",
-        "german": "de",
-    }
-
-
-def test_the_demos_prompts_are_in_the_languages_of_its_model():
-    prompts = demo.prompts(6)
-    assert list(prompts) == list(demo.LANGUAGES)
-    assert all(len(given) == 6 and all(given) for given in prompts.values())
-    assert prompts == demo.prompts(6)
-    identify = LanguageIdentifier(demo.LANGUAGES)
-    right = sum(identify(one) == label for label in prompts for one in prompts[label])
-    assert right >= 36  # of 42; some beginnings are a date or a name or two
