@@ -40,7 +40,7 @@ ACTIVATIONS = {
 _ONE_THREAD_BELOW = 1 << 14
 # The same for edits: less work, and in a decoding step the other threads have gone to sleep since
 # the last projection. PyTorch's own limit is 1 << 15.
-FEW_TO_EDIT = 1 << 16
+FEW_TO_EDIT = 1 << 17
 
 
 def missing() -> str | None:
