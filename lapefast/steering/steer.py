@@ -34,7 +34,8 @@ def steer(
 
     Each sequence of the model's input has its own edit where a list is given. Inside `generate`,
     whose beams and returned sequences multiply the input, a batch of k times as many sequences has
-    k consecutive ones for each edit; outside, the numbers must match.
+    k consecutive ones for each edit; outside, the numbers must match. With a list, or with
+    ``where``, one forward pass runs at a time: threads that generate at once need a model each.
 
     Args:
         model: any model whose FFNs `lapefast.models.find_sites` finds; the one whose `generate` is

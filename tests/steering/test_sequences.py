@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 
+import peft
 import plain
 import pytest
 import torch
@@ -376,6 +377,31 @@ def test_a_copy_made_while_steered_is_unsteered():
         assert torch.equal(generated(one, do_sample=False), expected)
         assert not any(name.startswith("_lapefast") for m in one.modules() for name in vars(m))
         assert "generate" not in vars(one)
+
+
+def test_an_adapted_model_generates_by_its_own_generate():
+    family, edits = by_name("llama"), edits_of(by_name("llama"))
+    config = peft.LoraConfig(target_modules=["down_proj", "q_proj"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(family.build(), config).eval()
+    before = plain.attributes(model)
+    for where, parts in (("all", (True, True)), ("generated", (False, True))):
+        with by_hand(family, model.get_base_model(), edits, *parts):
+            expected = model.generate(input_ids=IDS, num_beams=2, **OPTIONS)
+        with lf.steer(model, edits, where=where):
+            found = model.generate(input_ids=IDS, num_beams=2, **OPTIONS)
+        assert torch.equal(found, expected)
+    plain.assert_untouched(before, model)
+
+
+def test_a_chat_template_changes_no_row():
+    """A template only makes other prompts; its special tokens are given positions too."""
+    model, edits = shared("llama"), edits_of(by_name("llama"))
+    framed = torch.cat([torch.full((3, 2), 1), IDS, torch.full((3, 2), 3)], dim=1)
+    with by_hand(by_name("llama"), model, edits, False, True):
+        expected = generated(model, framed)
+    with lf.steer(model, edits, where="generated"):
+        assert torch.equal(generated(model, framed), expected)
 
 
 @torch.no_grad()
