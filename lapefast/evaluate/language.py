@@ -43,13 +43,14 @@ class LanguageIdentifier:
         given = codes or {}
         self.codes = {label: given.get(label, _code(label)) for label in labels}
         for label, code in self.codes.items():
-            if code not in known:
+            if not isinstance(code, str) or code not in known:
                 raise InputError(
                     f"the label {label!r} is no language that can be identified (py3langid knows "
                     f"{len(known)}, by codes such as en, zh, id); say which it is by "
                     f"languages={{{label!r}: code}}"
                 )
-        if restrict:
+        # Among one language every text is in it.
+        if restrict and len(set(self.codes.values())) > 1:
             self._identifier.set_languages(list(self.codes.values()))
 
     def __call__(self, text: str) -> str | None:

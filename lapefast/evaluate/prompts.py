@@ -31,7 +31,7 @@ def read_records(path: str | os.PathLike[str], fields: Sequence[str]) -> list[tu
         InputError: see `read_prompts`.
     """
     try:
-        lines = existing_file(path, "prompt file").read_text("utf-8").splitlines()
+        lines = existing_file(path, "prompt file").read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt file {path} is not text in UTF-8") from error
     records = []

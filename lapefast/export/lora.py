@@ -53,7 +53,7 @@ def lora(model: nn.Module, edit: Edit, path: str | os.PathLike[str], max_rank: i
             an adapter or a fold is on the model; peft is not installed; or the directory can't be
             written.
     """
-    if not isinstance(max_rank, Integral) or max_rank < 1:
+    if not isinstance(max_rank, Integral) or isinstance(max_rank, bool) or max_rank < 1:
         raise InputError(f"max_rank must be an integer of at least 1, got {max_rank!r}")
     config = _config_class()
     wrapped = unwrap(model)

@@ -79,7 +79,14 @@ class Document:
             )
         try:
             return parse(content, _layout(content))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(
                 f"the {self.what} {path} is broken: {reason}; make it again"

@@ -55,12 +55,12 @@ def save_edits(
         raise InputError("an edit file needs at least one edit, given as {name: edit}")
     layout = Layout(())
     for name, edit in edits.items():
-        if not isinstance(name, str) or not name.strip() or name == "none":
+        if not _is_name(name):
             raise InputError(f"an edit's name must be a text other than 'none', got {name!r}")
         if edit.layout.positional or edit.layout.fingerprint is None:
             raise InputError(f"the edit {name} is not bound to a model; call edit.bind(model)")
         layout = layout.merge(edit.layout)
-    if server is not None and server not in edits:
+    if server is not None and server not in list(edits):
         raise InputError(f"the server's edit {server!r} is none of the file's: {', '.join(edits)}")
     entries = [f"{as_text(name)}: {_tables(edit)}" for name, edit in edits.items()]
     _DOCUMENT.write(
@@ -77,6 +77,11 @@ def load_edits(path: str | os.PathLike[str]) -> NamedEdits:
     return _DOCUMENT.read(path, _parse)
 
 
+def _is_name(name: object) -> bool:
+    """Whether requests can ask by it: "none" asks for no edit."""
+    return isinstance(name, str) and bool(name.strip()) and name != "none"
+
+
 def _tables(edit: Edit) -> str:
     lines = [
         f"{as_text(site)}: {as_text([column.tolist() for column in table])}"
@@ -88,7 +93,11 @@ def _tables(edit: Edit) -> str:
 def _parse(content: dict[str, Any], layout: Layout) -> NamedEdits:
     edits, server = content["edits"], content["server"]
     require(isinstance(edits, dict) and bool(edits), "it holds no edits")
-    require(server is None or server in edits, f"its server edit {server!r} is none of its edits")
+    require(all(map(_is_name, edits)), "an edit has no name, or the name none")
+    require(
+        server is None or server in list(edits), f"its server edit {server!r} is none of its edits"
+    )
+    require(all(map(bool, edits.values())), "an edit holds no neurons")
     return NamedEdits(
         {
             name: Edit({site: _table(name, site, t, layout) for site, t in sites.items()}, layout)
@@ -103,7 +112,10 @@ def _table(name: str, site: Key, table: list[list], layout: Layout):
     require(site in layout.sites, f"{at}: there is no such site")
     require(len(table) == 3 and all(isinstance(c, list) for c in table), f"{at} is no table")
     require(len({len(column) for column in table}) == 1, f"{at}: its columns differ in length")
+    require(bool(table[0]), f"{at}: it holds no neurons")
     require(all(type(index) is int for index in table[0]), f"{at}: neurons are not integers")
+    numbers = all(type(value) in (int, float) for column in table[1:] for value in column)
+    require(numbers, f"{at}: scale or shift holds something other than numbers")
     neurons = sorted_indices(table[0], site, layout.widths.get(site))
     require(neurons.tolist() == table[0], f"{at}: neurons do not ascend")
     scale, shift = (torch.tensor(column, dtype=torch.float32) for column in table[1:])

@@ -72,6 +72,8 @@ class Edit:
 
     def overlap(self, other: Edit) -> int:
         """How many neurons both edits touch; there the right-hand one holds in `self | other`."""
+        if not isinstance(other, Edit):
+            raise InputError(f"an edit overlaps with another edit, got {type(other).__name__}")
         self.layout.merge(other.layout)
         return sum(
             int(torch.isin(neurons, other.tables[site][0]).sum())
@@ -197,7 +199,7 @@ def _at(
     if isinstance(values, Mapping):
         if site not in values:
             raise InputError(f"there are no values for site {site}; give some for every site")
-        given = torch.as_tensor(values[site]).detach().cpu().to(torch.float64)
+        given = _numbers(values[site], f"values of site {site}")
         short = given.dim() != 1 or len(given) <= int(neurons[-1])
         if short or (width is not None and len(given) != width):
             raise InputError(
@@ -208,17 +210,31 @@ def _at(
     else:
         try:
             given = torch.full(neurons.shape, float(values), dtype=torch.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"values must be a number or a dict from site to tensor, got {values!r:.80}"
             ) from error
-    result = (given * strength).to(torch.float32)
+    factor = _numbers(strength, "strength")
+    if factor.dim():
+        raise InputError(f"strength must be one number, got {list(factor.shape)}")
+    result = (given * factor).to(torch.float32)
     if not torch.isfinite(result).all():
         at = int(neurons[~torch.isfinite(result)][0])
         raise InputError(
             f"values must be finite in float32, but that of neuron {at} of {site} is not"
         )
     return result
+
+
+def _numbers(values: Any, what: str) -> torch.Tensor:
+    """As float64, on the CPU."""
+    try:
+        given = torch.as_tensor(values).detach().cpu()
+        if not given.is_complex():
+            return given.to(torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise InputError(f"{what} must be real numbers, got {values!r:.60}")
 
 
 def _overlaid(lower: Table, upper: Table) -> Table:

@@ -44,7 +44,8 @@ def edit(
         backend == "cpu"
         and type(gate) is Tensor
         and gate.is_contiguous()
-        and (up is None or (type(up) is Tensor and up.is_contiguous()))
+        and not gate.is_neg()
+        and (up is None or _is_like(up, gate))
         and not _modes()
         and _transforms() is None
         and forward_ad._current_level < 0
@@ -59,11 +60,15 @@ def edit(
                 sets, offsets, neurons, scale, shift, flags, threads,
             )  # fmt: skip
             return product
-        except InputError:
+        except (InputError, RuntimeError, KeyError):
             pass
     return declarations.edit(
         gate, up, activation, sets, offsets, neurons, scale, shift, flags, backend=backend
     )
+
+
+def _is_like(up: Tensor, gate: Tensor) -> bool:
+    return type(up) is Tensor and up.shape == gate.shape and up.is_contiguous() and not up.is_neg()
 
 
 def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ the finished prompt to the decoding loop, whichever mode that is.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lapefast.models.bare import unwrap
 from lapefast.models.traces import GENERATION, Replaced, clear, leave
 
 _HANDOVER = "_expand_inputs_for_generation"
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Generation:
@@ -35,11 +37,16 @@ class Generation:
         self.prompt = torch.zeros(1, dtype=torch.int64, device=device)
         self._positions = 0
         self._known = self._first = False
+        self._depth = 0
+        self._caches: dict[int, tuple[Any, int]] = {}
+        self._thread: int | None = None
         self._model = unwrap(model)
         self.replaced: list[Replaced] = []
         if not hasattr(self._model, "generate"):
             return
-        for name, placed in (("generate", _generate), (_HANDOVER, _hand_over)):
+        methods = {"generate": _generate, _HANDOVER: _hand_over}
+        methods |= {name: _refuse for name in _CONTINUOUS if hasattr(self._model, name)}
+        for name, placed in methods.items():
             method = types.MethodType(placed, self._model)
             self.replaced.append(Replaced(name, self._model.__dict__.get(name), method))
             self._model.__dict__[name] = method
@@ -66,12 +73,29 @@ class Generation:
                 "generate of this model does not say how long its prompt is, so steering "
                 'can\'t tell prompt and generated positions apart; use where="all"'
             )
+        past = int(past)
         if self._first:
             self._first = False
             # A prompt that goes on from a filled cache may come without what the cache holds.
             if length >= self._positions and past > 0:
-                self._set(self._positions + int(past))
-        return min(max(self._positions - int(past), 0), length)
+                self._set(self._positions + past)
+        return min(max(self._prompt_of(options, past, length) - past, 0), length)
+
+    def _prompt_of(self, options: dict[str, Any], past: int, length: int) -> int:
+        """The prompt's length in the cache of this forward pass.
+
+        A second branch, such as classifier-free guidance's, has a cache and a prompt of its own,
+        which is what it reads first.
+        """
+        cache = options.get("past_key_values")
+        if self._depth > 1 or (cache is None and not self._caches):
+            return self._positions
+        if cache is None:  # the model makes one, which the branch's next pass brings
+            return length
+        if id(cache) not in self._caches:
+            own = (past or length) if self._caches else self._positions
+            self._caches[id(cache)] = (cache, own)  # held, so that no other takes its place
+        return self._caches[id(cache)][1]
 
     def remove(self) -> None:
         """Give the model its own methods back. Safe to repeat."""
@@ -80,19 +104,39 @@ class Generation:
         clear(self._model, GENERATION)
 
     def start(self, positions: int) -> None:
-        """Take the length of a prompt that is about to be read."""
+        """Take the length of a prompt that is about to be read.
+
+        A call inside another one, an assistant's on the same model, guesses what comes after the
+        outer one's prompt.
+        """
+        if self._depth > 1 and self._known:
+            return
         self._known = self._first = True
+        self._caches.clear()
         self._set(positions)
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Within it, `generate` runs; a call inside another one is part of it."""
-        outer, self.running = self.running, True
+        """Within it, `generate` runs; a call inside another one is part of it.
+
+        Raises:
+            InputError: another thread generates with the model, whose rows these would be.
+        """
+        thread = threading.get_ident()
+        if self.running and self._thread != thread:
+            raise InputError(
+                "the model is steered by sequence or position, and another thread is generating "
+                "with it; generate one after the other, or give each thread a model"
+            )
+        self.running, self._thread = True, thread
+        self._depth += 1
         try:
             yield
         finally:
-            self.running = outer
-            self._known = self._known and outer
+            self._depth -= 1
+            if not self._depth:
+                self.running = self._known = self._first = False
+                self._caches.clear()
 
     def own(self, name: str) -> Any:
         """The model's own method of that name."""
@@ -108,6 +152,13 @@ def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     generation: Generation = self.__dict__[GENERATION]
     with generation.call():
         return generation.own("generate")(*args, **kwargs)
+
+
+def _refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    raise InputError(
+        "continuous batching packs all requests into one row, so steering by sequence or position "
+        'can\'t tell them apart; use generate, or one edit for all with where="all"'
+    )
 
 
 def _hand_over(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

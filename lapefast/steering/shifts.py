@@ -14,6 +14,7 @@ from lapefast.models import fingerprint
 from lapefast.models.bare import bare_model
 from lapefast.models.rows import RowIndex
 from lapefast.models.structure import find_ffns
+from lapefast.models.traces import SHIFT, clear, leave
 
 __all__ = ["PlacedShifts", "Shift", "decoder_layers"]
 
@@ -32,6 +33,10 @@ class Shift:
     """
 
     def __init__(self, vectors: Mapping[str, Tensor], fingerprint: str | None = None) -> None:
+        if not isinstance(vectors, Mapping):
+            raise InputError(
+                f"a shift is made of a dict from layer to vector, got {type(vectors).__name__}"
+            )
         if not vectors:
             raise InputError("a shift needs a vector for at least one layer, got none")
         self.vectors = {name: _checked(name, vector) for name, vector in vectors.items()}
@@ -105,13 +110,17 @@ class PlacedShifts:
             table = _table(name, shifts, next(layer.parameters()).device)
             index = None if rows is None else rows.index_on(table.device)
             shifted = functools.partial(self._shifted, name, table, index)
-            self._hooks.append(layer.register_forward_hook(shifted))
+            hook = layer.register_forward_hook(shifted)
+            leave(layer, SHIFT, hook)
+            self._hooks.append((layer, hook))
         self.layers = len(self._hooks)
 
     def remove(self) -> None:
         """Take the hooks out. Safe to repeat."""
         while self._hooks:
-            self._hooks.pop().remove()
+            layer, hook = self._hooks.pop()
+            hook.remove()
+            clear(layer, SHIFT)
 
     def _shifted(
         self, name: str, table: Tensor, index: RowIndex | None, layer: nn.Module, given, output
@@ -143,7 +152,12 @@ def _table(name: str, shifts: Sequence[Shift | None], device: torch.device) -> T
 
 
 def _checked(name: str, vector: Tensor) -> Tensor:
-    held = torch.as_tensor(vector).detach().cpu().to(torch.float32)
+    try:
+        held = torch.as_tensor(vector).detach().cpu().to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the shift of layer {name} must be numbers, got {vector!r:.60}"
+        ) from error
     if held.dim() != 1:
         raise InputError(f"the shift of layer {name} must be a vector, got {list(held.shape)}")
     if not held.isfinite().all():

@@ -47,3 +47,8 @@ def test_short_texts_are_told_apart_better_among_the_labels_alone():
 def test_a_label_that_is_no_language_is_refused_by_name(label):
     with pytest.raises(InputError, match=f"the label '{label}' is no language"):
         LanguageIdentifier([label, "en"])
+
+
+def test_among_one_language_every_text_would_be_in_it_so_all_are_considered():
+    identify = LanguageIdentifier(["en"])
+    assert identify("Das ist ein deutscher Satz, ganz sicher, und kein englischer.") == "de"

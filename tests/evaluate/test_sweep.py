@@ -399,3 +399,13 @@ def test_of_each_row_by_row_is_what_it_is_in_chunks(model, monkeypatch):
     assert torch.allclose(
         row_by_row.of_each(rows, counted), in_chunks, rtol=0, atol=11 * 4 * 2**-18
     )
+
+
+def test_prompts_are_read_with_every_character_that_json_allows(tmp_path):
+    from lapefast.evaluate.prompts import read_prompts
+
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"label": "en", "prompt": "a\u2028b\u0085c"}, {"label": "zh", "prompt": "d"}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text("\ufeff" + text + "\n", "utf-8")
+    assert read_prompts(path) == {"en": ["a\u2028b\u0085c"], "zh": ["d"]}

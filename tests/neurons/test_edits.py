@@ -74,6 +74,24 @@ def test_an_edit_of_no_neurons_is_refused(neurons, message):
             make(neurons)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: add(EN, 1.0, strength="x"), "strength must be real numbers"),
+        (lambda: add(EN, 1.0, strength=None), "strength must be real numbers"),
+        (lambda: add(EN, 1.0, strength=[1.0, 2.0]), "strength must be one number"),
+        (lambda: activate(EN, 10**400), "number or a dict"),
+        (lambda: activate(EN, {**VALUES, "a": ["x"] * 4}), "values of site a must be real numbers"),
+        (lambda: activate(EN, {**VALUES, "a": None}), "values of site a must be real numbers"),
+        (lambda: activate(EN, {**VALUES, "a": torch.ones(4) * 1j}), "must be real numbers"),
+        (lambda: deactivate(EN).overlap(None), "overlaps with another edit, got NoneType"),
+    ],
+)
+def test_what_is_no_number_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
 def test_values_that_are_not_finite_in_float32_are_refused(bad):
     with pytest.raises(InputError, match="finite in float32, but that of neuron 1 of a"):

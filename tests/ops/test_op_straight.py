@@ -117,6 +117,16 @@ def test_what_is_wrong_is_said_by_the_op(change, message, device, backend):
         ops.straight_edit(gate, up, "silu", *tables, backend=backend)
 
 
+def test_a_negative_view_and_another_shape_go_to_the_op(device, backend, calls):
+    (gate, up), tables = arguments(device)
+    for pair in ((torch._neg_view(gate), up), (gate, torch._neg_view(up))):
+        expected = ops.edit(*(one.resolve_neg() for one in pair), "silu", *tables, backend=backend)
+        found = ops.straight_edit(*pair, "silu", *tables, backend=backend)
+        assert torch.equal(found, expected)
+    with pytest.raises(InputError, match="edit: up must be"):
+        ops.straight_edit(gate, up.reshape(-1, WIDTH), "silu", *tables, backend=backend)
+
+
 def test_an_index_outside_is_refused(device, backend):
     (gate, up), tables = arguments(device)
     tables[2][1] = WIDTH

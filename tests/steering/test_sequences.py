@@ -12,7 +12,7 @@ import plain
 import pytest
 import torch
 import transformers
-from families import IDS, VOCABULARY, by_name, shared
+from families import IDS, VERSION_4, VOCABULARY, by_name, shared
 from torch import Tensor
 
 import lapefast as lf
@@ -180,19 +180,71 @@ def test_left_padding_shifts_no_row():
 
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generated"])
-@pytest.mark.parametrize("assistant", ["model", "prompt lookup"])
+@pytest.mark.parametrize("assistant", ["model", "itself", "early exit", "prompt lookup"])
 def test_assisted_generation_gives_what_greedy_gives(assistant, where):
     """The first pass reads the prompt and guessed tokens at once; only the former are given."""
     model, edits = shared("llama"), edits_of(by_name("llama"))
-    options = (
-        {"prompt_lookup_num_tokens": 3}
-        if assistant == "prompt lookup"
-        else {"assistant_model": by_name("llama").build()}
-    )
+    options = {
+        "model": {"assistant_model": by_name("llama").build()},
+        "itself": {"assistant_model": model},
+        "early exit": {"assistant_early_exit": 1},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    }[assistant]
     ids = torch.cat([IDS[:1], IDS[:1]], dim=1)  # so that a lookup finds something
     with lf.steer(model, edits[2:], where=where):
         expected = generated(model, ids, do_sample=False)
         assert torch.equal(generated(model, ids, do_sample=False, **options), expected)
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated"])
+def test_each_branch_of_classifier_free_guidance_has_its_own_prompt(where):
+    """The unconditional branch reads the last token of the prompt, and then what is generated."""
+    family, model, edits = by_name("llama"), shared("llama"), edits_of(by_name("llama"))
+    seen: dict[str, int] = {}
+
+    def change(site, output):
+        # Conditional and unconditional passes take turns; the first of each is the prompt's.
+        turn = seen[site] = seen.get(site, -1) + 1
+        if where != "all" and (where == "prompt") != (turn < 2):
+            return output
+        return torch.stack([apply(e, site, row) for e, row in zip(edits, output, strict=True)])
+
+    options = {"do_sample": False, "guidance_scale": 2.5}
+    with plain.hooked(family.activations(model), change):
+        expected = generated(model, **options)
+    with lf.steer(model, edits, where=where):
+        assert torch.equal(generated(model, **options), expected)
+
+
+def test_two_threads_that_generate_at_once_are_told_so():
+    model, edits = shared("llama"), edits_of(by_name("llama"))
+    raised = []
+
+    class Other(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            def generate():
+                try:
+                    generated(model)
+                except InputError as error:
+                    raised.append(str(error))
+
+            thread = threading.Thread(target=generate)
+            thread.start()
+            thread.join()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    with lf.steer(model, edits, where="generated"):
+        expected = generated(model, do_sample=False)
+        assert torch.equal(generated(model, do_sample=False, stopping_criteria=[Other()]), expected)
+    assert raised
+    assert all("another thread is generating" in message for message in raised)
+
+
+@pytest.mark.skipif(VERSION_4, reason="continuous batching of 4.57 asks for a GPU")
+def test_continuous_batching_is_refused_where_rows_matter():
+    model, edits = shared("llama"), edits_of(by_name("llama"))
+    with lf.steer(model, edits), pytest.raises(InputError, match="continuous batching"):
+        model.generate_batch([[5, 6], [7]], max_new_tokens=2)
 
 
 def test_a_prompt_read_in_chunks_is_all_prompt():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 
 import plain
 import pytest
@@ -138,6 +140,18 @@ def test_a_shift_of_another_model_is_refused():
             layer.mlp.down_proj.weight.mul_(2)
     with pytest.raises(InputError, match="fingerprint"):
         lf.steer(other, shift_of(shared("llama"), 0))
+
+
+@torch.no_grad()
+def test_a_copy_made_while_shifted_is_unshifted():
+    model = by_name("llama").build()
+    expected = model(IDS).logits
+    with lf.steer(model, shift_of(model, 0, 1)):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert not torch.equal(model(IDS).logits, expected)
+    for one in copies:
+        assert torch.equal(one(IDS).logits, expected)
+        assert not any(name.startswith("_lapefast") for m in one.modules() for name in vars(m))
 
 
 def test_shifts_run_compiled():

@@ -41,6 +41,8 @@ def check_fingerprint(config: Any, served: Served) -> None:
         actual = checkpoint_fingerprint(
             _directory(config.model, config.revision), config.trust_remote_code
         )
+    except InputError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         _log.warning(
             "The fingerprint of %s can't be taken (%s: %s): of the edits, sites and widths are "
@@ -61,7 +63,8 @@ def checkpoint_fingerprint(directory: Path, trust_remote_code: bool = False) -> 
     """The fingerprint of the model in a directory, without loading more of it than that needs.
 
     Raises:
-        OSError, KeyError, ValueError: it has no safetensors, or not those of its configuration.
+        InputError: it has FFNs that lapefast can't find, or weights of another shape.
+        OSError, KeyError: it has no safetensors, or not those of its configuration.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,7 +77,10 @@ def checkpoint_fingerprint(directory: Path, trust_remote_code: bool = False) -> 
         for name, empty in list(ffn.last.named_parameters()):
             tensor = _read(directory, files, f"{paths[id(ffn.last)]}.{name}")
             if tensor.shape != empty.shape:
-                raise ValueError(f"{name} of {ffn.site.name} is {list(tensor.shape)}")
+                raise InputError(
+                    f"{name} of {ffn.site.name} is {list(tensor.shape)} in {directory}, where its "
+                    f"configuration says {list(empty.shape)}"
+                )
             ffn.last.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     return fingerprint(model)
 

@@ -48,7 +48,7 @@ class Served:
         if not extra_args:
             return self.server
         for key in extra_args:
-            if key.startswith("lapefast") and key != ARGUMENT:
+            if str(key).startswith("lapefast") and key != ARGUMENT:
                 raise InputError(
                     f"a request's extra argument {key} means nothing; {ARGUMENT} asks for an edit"
                 )
@@ -72,8 +72,8 @@ class Served:
             salt: its own salt, if it brought one.
         """
         if chosen < 0:
-            return salt
-        return f"{salt or ''}|lapefast {self.digests[chosen]}"
+            return None if salt is None else f"none {salt}"
+        return f"{self.digests[chosen]} {salt or ''}"
 
     @property
     def compile_factor(self) -> str:
