@@ -16,9 +16,10 @@ from lapefast.ops.backends import native
 
 __all__ = ["edit"]
 
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_is_traced = torch._C._is_tracing
+# Modes, transforms and tracers put keys of their own into the set that every dispatch of a thread
+# includes.
+_watching = torch._C._dispatch_tls_local_include_set
+_NOBODY = _watching().raw_repr()
 
 
 def edit(
@@ -39,17 +40,15 @@ def edit(
     That is where no gradient is wanted and no mode, transform or tracer watches. The library checks
     types, sizes and indices itself; what it refuses goes to the op, whose check says it better.
     """
-    # Written out in one piece: here every name that is passed on costs as much as a row.
+    # Written out in one piece: here every name that is passed on costs as much as a row. Shapes,
+    # strides and types are left to the library.
     if (
         backend == "cpu"
         and type(gate) is Tensor
-        and gate.is_contiguous()
+        and (up is None or (type(up) is Tensor and not up.is_neg()))
         and not gate.is_neg()
-        and (up is None or _is_like(up, gate))
-        and not _modes()
-        and _transforms() is None
         and forward_ad._current_level < 0
-        and not _is_traced()
+        and _watching().raw_repr() == _NOBODY
         and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
     ):
         product = torch.empty_like(gate)
@@ -65,10 +64,6 @@ def edit(
     return declarations.edit(
         gate, up, activation, sets, offsets, neurons, scale, shift, flags, backend=backend
     )
-
-
-def _is_like(up: Tensor, gate: Tensor) -> bool:
-    return type(up) is Tensor and up.shape == gate.shape and up.is_contiguous() and not up.is_neg()
 
 
 def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:
