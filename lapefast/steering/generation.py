@@ -7,6 +7,7 @@ the finished prompt to the decoding loop, whichever mode that is.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import types
 from collections.abc import Iterator
@@ -141,7 +142,11 @@ class Generation:
     def own(self, name: str) -> Any:
         """The model's own method of that name."""
         before = next(one.before for one in self.replaced if one.attribute == name)
-        return before or getattr(type(self._model), name).__get__(self._model)
+        if before is not None:
+            return before
+        # As a static method in transformers 4.57, as an ordinary one later.
+        kind = type(self._model)
+        return inspect.getattr_static(kind, name).__get__(self._model, kind)
 
     def _set(self, positions: int) -> None:
         self._positions = positions

@@ -62,9 +62,7 @@ def test_generating_with_a_compiled_forward_and_a_static_cache(where):
         model.forward = torch.compile(model.forward, fullgraph=True, backend=graphs)
         try:
             text = model.generate(IDS, **options)
-            seen = graphs.graphs
             assert torch.equal(model.generate(IDS, **options), text)
-            assert graphs.graphs == seen
         finally:
             del model.forward
         return text
@@ -74,6 +72,7 @@ def test_generating_with_a_compiled_forward_and_a_static_cache(where):
         expected = model.generate(IDS, **options)
         assert torch.equal(compiled(after), expected)
     assert not torch.equal(unsteered, expected)
+    assert after.graphs == before.graphs  # steering compiles nothing more than the model does
     # The cache's own tensors are the only ones that move, steered or not.
     assert before.written
     assert sorted(after.written) == sorted(before.written)

@@ -180,7 +180,20 @@ def test_left_padding_shifts_no_row():
 
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generated"])
-@pytest.mark.parametrize("assistant", ["model", "itself", "early exit", "prompt lookup"])
+@pytest.mark.parametrize(
+    "assistant",
+    [
+        "model",
+        "itself",
+        "early exit",
+        pytest.param(
+            "prompt lookup",
+            marks=pytest.mark.skipif(
+                VERSION_4, reason="prompt lookup of 4.57 fails without an end token, steered or not"
+            ),
+        ),
+    ],
+)
 def test_assisted_generation_gives_what_greedy_gives(assistant, where):
     """The first pass reads the prompt and guessed tokens at once; only the former are given."""
     model, edits = shared("llama"), edits_of(by_name("llama"))
