@@ -18,20 +18,18 @@ def _fresh_compiler():
 
 
 class Graphs:
-    """A backend that runs graphs as they are, and notes which inputs each writes to."""
+    """A backend that runs graphs as they are, and notes the moving inputs that each writes to."""
 
     def __init__(self) -> None:
-        self.graphs = 0
-        self.written: list[str] = []
+        self.written: list[tuple[str, ...]] = []
 
     def __call__(self, graph, inputs):
         return torch._dynamo.backends.common.aot_autograd(fw_compiler=self._note)(graph, inputs)
 
     def _note(self, graph, inputs):
-        self.graphs += 1
         found = torch._guards.TracingContext.get().fw_metadata
         moving = set(found.mutated_inp_runtime_indices) - set(found.static_input_indices)
-        self.written += [str(inputs[index].dtype) for index in sorted(moving)]
+        self.written.append(tuple(sorted(str(inputs[index].dtype) for index in moving)))
         return graph.forward
 
 
@@ -46,9 +44,8 @@ def test_a_compiled_model_edits_each_sequence(name, where):
         compiled = torch.compile(model, fullgraph=True, backend=graphs)
         for _ in range(2):
             assert torch.equal(compiled(IDS, use_cache=False).logits, expected)
-    assert graphs.graphs == 1
-    # CUDA graphs are skipped where a graph writes to an input that is not at a fixed address.
-    assert graphs.written == []
+    # One graph. CUDA graphs are skipped where one writes to an input that has no fixed address.
+    assert graphs.written == [()]
 
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generated"])
@@ -72,10 +69,10 @@ def test_generating_with_a_compiled_forward_and_a_static_cache(where):
         expected = model.generate(IDS, **options)
         assert torch.equal(compiled(after), expected)
     assert not torch.equal(unsteered, expected)
-    assert after.graphs == before.graphs  # steering compiles nothing more than the model does
+    assert len(after.written) <= len(before.written)  # steering compiles no more
     # The cache's own tensors are the only ones that move, steered or not.
-    assert before.written
-    assert sorted(after.written) == sorted(before.written)
+    assert any(before.written)
+    assert set(after.written) <= set(before.written)
 
 
 @torch.no_grad()
@@ -86,8 +83,7 @@ def test_a_compiled_recorder_writes_to_fixed_addresses_only():
         compiled = torch.compile(model, fullgraph=True, backend=graphs)
         compiled(IDS, use_cache=False)
         compiled(IDS, use_cache=False)
-    assert graphs.written == []
-    assert graphs.graphs == 1
+    assert graphs.written == [()]
 
 
 @torch.no_grad()
