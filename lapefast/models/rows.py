@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class RowIndex:
     tensor: Tensor | None = None
 
 
-class StackRows:
+class StackRows(ABC):
     """A hook that runs before one stack and fills an index of its rows for the FFNs behind it.
 
     Attributes:
@@ -39,9 +40,9 @@ class StackRows:
         """The index that FFNs on ``device`` read."""
         return self.indices.setdefault(device, RowIndex())
 
+    @abstractmethod
     def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
         """Fill the indices for an input of ``batch`` rows of ``length`` tokens."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Take the hook out. Safe to repeat."""

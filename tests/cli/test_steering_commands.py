@@ -236,7 +236,7 @@ def test_export_writes_a_checkpoint_that_is_the_edited_model(lapefast, made, fil
 
 
 def test_export_writes_an_adapter(lapefast, made, files, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     output = tmp_path / "adapter"
     command = ["export", *model_of(made, files), "--format", "lora", "-o", output]
     refused(lapefast(*command, "--deactivate", "en", "--max-rank", 3), "3")
