@@ -1,6 +1,7 @@
 #!/bin/sh
 # Serving by vLLM, its CPU build, in an environment of its own.
 set -eu
+unset PIP_CONSTRAINT # vLLM has versions of its own
 venv=.venvs/vllm
 pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
 [ -x $venv/bin/python ] || "$PYTHON" -m venv $venv

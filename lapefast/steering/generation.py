@@ -88,7 +88,7 @@ class Generation:
         A second branch, such as classifier-free guidance's, has a cache and a prompt of its own,
         which is what it reads first.
         """
-        cache = options.get("past_key_values")
+        cache = _cache(options)
         if self._depth > 1 or (cache is None and not self._caches):
             return self._positions
         if cache is None:  # the model makes one, which the branch's next pass brings
@@ -177,8 +177,15 @@ def _hand_over(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return expanded
 
 
+def _cache(options: dict[str, Any]) -> Any:
+    """The cache among a forward's arguments, told by what it can do.
+
+    Its name says too little: `past_key_values`, `cache_params` or `cache`, by version and model.
+    """
+    return next((one for one in options.values() if hasattr(one, "get_seq_length")), None)
+
+
 def _past(options: dict[str, Any]) -> int | Tensor:
     """How many positions the cache holds already."""
-    cache = options.get("past_key_values")
-    length = getattr(cache, "get_seq_length", None)
-    return length() if length is not None else 0
+    cache = _cache(options)
+    return 0 if cache is None else cache.get_seq_length()
