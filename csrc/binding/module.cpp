@@ -82,6 +82,9 @@ lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle produ
   lapefast::EditCall call{};
   set_rows(call, activation, gate, up, product);
   if (product.is_none()) throw std::invalid_argument("edit needs a product.");
+  if (call.product.data == call.gate.data && call.gate.data &&
+      (call.activation != lapefast::Activation::identity || call.up.data))
+    throw std::invalid_argument("edit writes over gate only where nothing else is computed.");
   call.sets = row_index(sets, "sets", gate);
   const Tensor bounds(offsets, "offsets"), members(neurons, "neurons");
   call.set_count = bounds.elements() - 1;

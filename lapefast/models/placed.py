@@ -79,7 +79,7 @@ class SiteState:
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
         self.proven = False
-        self.fired = 0
+        self.fired = 0  # times, while a probe runs
         self.probe: torch.Size | None = None  # what a probe's input is, while one runs
         self.kernel = "identity"
         self.fused: frozenset[torch.dtype] = frozenset()
@@ -115,9 +115,14 @@ class SiteState:
 
     def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
         """`activation(gate) * up`, counted and edited."""
-        gate, kernel, writable = self._given(activation, gate, writable)
+        return self.product_of(*self._given(activation, gate, writable), up)
+
+    def product_of(self, gate: Tensor, kernel: str, writable: bool, up: Tensor) -> Tensor:
+        """The same of what the kernel reads, as which activation, which it may write over."""
         if up.dtype is not gate.dtype or up.shape != gate.shape:
             return self._activation(gate, kernel) * up
+        if self.statistics is None:
+            return self._edit(gate, up, kernel)
         if self.edits is not None:
             gate, kernel, writable = self._edit(gate, None, kernel), "identity", True
         statistics = self._counting()
@@ -242,12 +247,13 @@ def _makes_new(projection: nn.Module) -> bool:
 def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     """``down(act(gate(x)) * up(x))`` by the module's own submodules, with the ops in between."""
     state: SiteState = self.__dict__[SITE]
-    run = _edited if state.statistics is None else _gated
-    if state.edits is None and run is _edited:
+    if state.statistics is None and state.edits is None:
         return state.original(self)(x)
     if torch.compiler.is_compiling():
-        return run(self, state, x)
-    state.fired += 1
+        return _gated(self, state, x)
+    run = _edited if state.statistics is None else _gated
+    if state.probe is not None:
+        state.fired += 1
     if not state.proven:
         return prove(state, self, functools.partial(run, self, state, x), (x,), {})
     try:
@@ -263,7 +269,8 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
         return state.original(self)(*given, **options)
     if torch.compiler.is_compiling():
         return state.activated(self, given, options)
-    state.fired += 1
+    if state.probe is not None:
+        state.fired += 1
     if not state.proven:
         run = functools.partial(state.activated, self, given, options)
         return prove(state, self, run, given, options)
@@ -282,26 +289,27 @@ def _named(state: SiteState, error: InputError) -> InputError:
 
 
 def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
-    """The forward of an FFN that is only edited.
+    """The forward of an FFN that is only edited, outside of compiled code.
 
-    A decoding step runs it on few rows, so as little as can be stands around the op: every call
+    A decoding step runs it on few rows, so as little as can be stands around the edit: every call
     counts, and an attribute of a module takes ten times as long to find as an entry of a dict.
     """
-    form, edits, modules, kernel = state.form, state.edits, self._modules, state.kernel
+    form, edits, modules = state.form, state.edits, self._modules
     gate, activation = modules[form.gate](x), modules[form.activation]
     gate, up = gate.chunk(2, dim=-1) if form.up is None else (gate, modules[form.up](x))
-    if gate.dtype not in state.fused or _has_hooks(activation):
-        gate, kernel = activation(gate), "identity"
-    op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
-    after = None
-    if up.dtype is not gate.dtype or up.shape != gate.shape:
-        up, after = None, up
-    product = op(gate, up, kernel, edits.sets.tensor, *edits.tables, backend=edits.backend)
-    return modules[form.down](product if after is None else product * after)
+    if gate.dtype in state.fused and not _has_hooks(activation):
+        return modules[form.down](state.product_of(gate, state.kernel, False, up))
+    activated = activation(gate)
+    fresh = activated is not gate and not activation._modules and not _has_hooks(activation)
+    if fresh and ops.straight_edit_(
+        activated, edits.sets.tensor, *edits.tables, backend=edits.backend
+    ):
+        return modules[form.down](activated * up)
+    return modules[form.down](state.product_of(activated, "identity", False, up))
 
 
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
-    """The forward of an FFN that is counted, and edited or not."""
+    """The forward of an FFN that is counted, edited, or both."""
     form, modules = state.form, self._modules
     projection, activation = modules[form.gate], modules[form.activation]
     gate = projection(x)
@@ -317,6 +325,6 @@ def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
             return torch.zeros_like(x)
         up = modules[form.up](x)
         product = state.product(activation, gate, up, writable=_makes_new(projection))
-    if state.statistics.last:
+    if state.statistics is not None and state.statistics.last:
         return torch.zeros_like(x)
     return modules[form.down](product)

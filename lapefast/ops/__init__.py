@@ -13,6 +13,7 @@ from lapefast.ops.backends import backend_for
 from lapefast.ops.declarations import edit, observe, profile, profile_
 from lapefast.ops.exact import FUSED
 from lapefast.ops.straight import edit as straight_edit
+from lapefast.ops.straight import edit_ as straight_edit_
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "profile",
     "profile_",
     "straight_edit",
+    "straight_edit_",
 ]
 
 del _autograd

@@ -14,7 +14,7 @@ from lapefast.errors import InputError
 from lapefast.ops import declarations
 from lapefast.ops.backends import native
 
-__all__ = ["edit"]
+__all__ = ["edit", "edit_"]
 
 # Modes, transforms and tracers put keys of their own into the set that every dispatch of a thread
 # includes.
@@ -47,8 +47,7 @@ def edit(
         and type(gate) is Tensor
         and (up is None or (type(up) is Tensor and not up.is_neg()))
         and not gate.is_neg()
-        and forward_ad._current_level < 0
-        and _watching().raw_repr() == _NOBODY
+        and _nothing_between()
         and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
     ):
         product = torch.empty_like(gate)
@@ -64,6 +63,45 @@ def edit(
     return declarations.edit(
         gate, up, activation, sets, offsets, neurons, scale, shift, flags, backend=backend
     )
+
+
+def edit_(
+    activation: Tensor,
+    sets: Tensor | None,
+    offsets: Tensor,
+    neurons: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    flags: Tensor,
+    *,
+    backend: str,
+) -> bool:
+    """Edit an activation where it lies, or say that this can't be done and do nothing.
+
+    Nothing else may read the activation as it was.
+    """
+    if (
+        backend == "cpu"
+        and type(activation) is Tensor
+        and not torch.is_grad_enabled()
+        and not activation.is_neg()
+        and _nothing_between()
+    ):
+        threads = 1 if activation.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
+        try:
+            native.library.edit(
+                activation, None, activation, native.ACTIVATIONS["identity"],
+                sets, offsets, neurons, scale, shift, flags, threads,
+            )  # fmt: skip
+            return True
+        except (InputError, RuntimeError):
+            pass
+    return False
+
+
+def _nothing_between() -> bool:
+    """Whether no mode, transform or tracer of this thread watches."""
+    return forward_ad._current_level < 0 and _watching().raw_repr() == _NOBODY
 
 
 def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:

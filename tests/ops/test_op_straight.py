@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.ops import declarations, straight
+from lapefast.ops.backends import native
 
 WIDTH = 37
 
@@ -139,3 +140,37 @@ def test_an_index_outside_is_refused(device, backend):
     tables[2][1] = WIDTH
     with pytest.raises(InputError, match="must lie within"):
         ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strided", [True, False])
+def test_an_activation_is_edited_where_it_lies(dtype, strided, device, backend):
+    (activation, other), tables = arguments(device, dtype)
+    if strided:
+        activation, other = torch.cat([activation, other], dim=-1).split(WIDTH, dim=-1)
+    expected, untouched = ops.edit(activation, None, "identity", *tables, backend=backend), +other
+    with torch.no_grad():
+        assert ops.straight_edit_(activation, *tables, backend=backend)
+    assert torch.equal(activation, expected)
+    assert torch.equal(other, untouched)
+
+
+def test_an_activation_that_somebody_else_must_see_stays_as_it_was(device, backend):
+    (activation, _), tables = arguments(device)
+    before = activation.clone()
+    assert not ops.straight_edit_(activation, *tables, backend=backend)  # gradients are on
+    with torch.no_grad():
+        assert not ops.straight_edit_(torch._neg_view(activation), *tables, backend=backend)
+        assert not ops.straight_edit_(activation, *tables, backend="reference")
+        tables[3] = tables[3][:2]
+        assert not ops.straight_edit_(activation, *tables, backend=backend)
+    assert torch.equal(activation, before)
+
+
+def test_writing_over_what_is_still_computed_from_is_refused(device, backend):
+    (gate, up), tables = arguments(device)
+    for other, activation in ((up, "identity"), (None, "silu")):
+        with pytest.raises(InputError, match="writes over gate only where"):
+            native.library.edit(
+                gate, other, gate, native.ACTIVATIONS[activation], *tables, 1
+            )  # fmt: skip
