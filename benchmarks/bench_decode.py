@@ -17,8 +17,8 @@ import lapefast as lf
 from lapefast import demo
 from lapefast.models import find_sites
 
-# By batch. A round is a run of steps, as in a generation: each finds the caches as the last one left
-# them. Every step takes the next position of its cache.
+# By batch. A round is a run of steps, as in a generation: each finds the caches as the last left
+# them, and takes the next position of its own cache.
 _ROUNDS = {1: 61, 64: 41}
 _STEPS = {1: 24, 64: 4}
 _BARS = {("cuda", 1): 1.01, ("cuda", 64): 1.02, ("cpu", 1): 1.03, ("cpu", 64): 1.03}

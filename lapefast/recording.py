@@ -181,6 +181,23 @@ class Recorder:
         }
         return Profile(self.labels, sites, tokens, collected, metadata)
 
+    def drain(self) -> dict[str, dict[str, Tensor]]:
+        """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.
+
+        For passes that look at every batch apart. On the sites' own devices.
+
+        Raises:
+            InputError: where an activation was not finite.
+        """
+        self.check()
+        drained = {}
+        for site in self.sites:
+            tensors = self._statistics[site.name].tensors()
+            drained[site.name] = {name: tensor.clone() for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                tensor.zero_()
+        return drained
+
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
         for site, statistics in self._statistics.items():

@@ -145,6 +145,23 @@ class Corpus:
         empty = CorpusReport(self.label, self.name, "", seq_len, (start, start), 0, 0, 0, False)
         return Rows(self, self._made(empty, max_rows), max_rows)
 
+    def documents(self) -> Iterator[torch.Tensor]:
+        """The token ids of each document, whole, int64 [n]. Raises InputError while it is read."""
+        held: list[torch.Tensor] = []
+        with _naming(self.label):
+            position = 0
+            for tokens in self._tokenisation().tokens(self._source.pieces()):
+                refuse_foreign_ids(tokens.ids, self._vocab_size, position)
+                position += len(tokens.ids)
+                first, *others = torch.from_numpy(tokens.ids).tensor_split(tokens.starts.tolist())
+                held.append(first)
+                for part in others:
+                    if sum(map(len, held)):
+                        yield torch.cat(held)
+                    held = [part]
+            if sum(map(len, held)):
+                yield torch.cat(held)
+
     def _made(
         self, report: CorpusReport, max_rows: int | None
     ) -> Generator[tuple[torch.Tensor | None, CorpusReport], None, None]:

@@ -12,13 +12,22 @@ from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, is_encoder_decoder, text_config
 
 
-def forward_inputs(bare: nn.Module, ids: Tensor) -> dict[str, Tensor | bool]:
+def forward_inputs(
+    bare: nn.Module, ids: Tensor, mask: Tensor | None = None
+) -> dict[str, Tensor | bool]:
     """Keyword arguments that run every FFN of ``bare`` once over ``ids`` [batch, length].
 
     No cache is kept. An encoder-decoder's decoder reads the same ids, shifted right by its start
     token.
+
+    Args:
+        bare: the model.
+        ids: token ids, int64 [batch, length].
+        mask: integers like ``ids``, 0 for padding, which stands on the right; None for none.
     """
     inputs: dict[str, Tensor | bool] = {"input_ids": ids}
+    if mask is not None:
+        inputs["attention_mask"] = mask
     parameters = inspect.signature(bare.forward).parameters
     if "use_cache" in parameters:
         inputs["use_cache"] = False
@@ -29,6 +38,8 @@ def forward_inputs(bare: nn.Module, ids: Tensor) -> dict[str, Tensor | bool]:
             start = config.pad_token_id if config.pad_token_id is not None else 0
         first = torch.full_like(ids[:, :1], start)
         inputs["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+        if mask is not None:
+            inputs["decoder_attention_mask"] = mask
     return inputs
 
 

@@ -1,0 +1,39 @@
+"""The linear layers of a model, whose outputs are units like an FFN's neurons."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lapefast.errors import InputError
+from lapefast.models.bare import bare_model, named_modules
+
+__all__ = ["find_linears", "out_features"]
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Path inside the bare model -> linear layer, in model order; the head is not among them.
+
+    Quantised layers and those under an adapter count; an adapter's own do not.
+
+    Raises:
+        InputError: there is none.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in named_modules(bare_model(model)):
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if not inside and out_features(module) is not None:
+            found[path] = module
+    if not found:
+        raise InputError(f"{type(model).__name__} has no linear layers")
+    return found
+
+
+def out_features(module: nn.Module) -> int | None:
+    """How many outputs a linear layer has; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nf
+    if isinstance(module, (nn.Embedding, nn.Bilinear)):
+        return None
+    weighted = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return module.out_features if weighted else None
