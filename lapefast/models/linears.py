@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules
+from lapefast.models.structure import find_sites
 
-__all__ = ["find_linears", "out_features"]
+__all__ = ["find_linears", "known_sites", "out_features"]
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,6 +29,20 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
     if not found:
         raise InputError(f"{type(model).__name__} has no linear layers")
+    return found
+
+
+def known_sites(model: nn.Module, named: Iterable[str | int]) -> dict[str, int]:
+    """Site -> width: of the model's FFNs, and of those of its linear layers that are ``named``.
+
+    Raises:
+        InputError: see `lapefast.models.find_sites`.
+    """
+    found = {site.name: site.width for site in find_sites(model)}
+    others = {name for name in named if isinstance(name, str)} - found.keys()
+    if others:
+        layers = find_linears(model)
+        found |= {name: out_features(layers[name]) for name in layers if name in others}
     return found
 
 

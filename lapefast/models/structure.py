@@ -114,6 +114,11 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     return found
 
 
+def stack_of(path: str) -> str:
+    """The stack whose tokens pass through a module, by its path in the bare model."""
+    return "encoder" if path.startswith("encoder.") else "decoder"
+
+
 def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
     _refuse_experts(path, module)
     parts = _parts_by_table(path, module) or _parts_by_shape(module)
@@ -124,8 +129,7 @@ def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
     forward = read_forward(module)
     if forward and module._modules[forward.activation] is not activation:
         forward = None
-    stack = "encoder" if path.startswith("encoder.") else "decoder"
-    site = Site(path, width, type(activation).__name__, stack)
+    site = Site(path, width, type(activation).__name__, stack_of(path))
     yield FFN(site, module, activation, last, gated, forward)
 
 

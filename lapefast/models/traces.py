@@ -16,7 +16,7 @@ from torch import nn
 SITE = "_lapefast_site"
 GROUPS = "_lapefast_groups"
 SETS = "_lapefast_sets"
-SHIFT = "_lapefast_shift"
+HOOK = "_lapefast_hook"
 GENERATION = "_lapefast_generation"
 PLACEMENT = "_lapefast_placement"
 
@@ -57,7 +57,7 @@ def leave(module: nn.Module, name: str, trace: Any) -> None:
 def clear(module: nn.Module, name: str) -> None:
     """Take a trace off, and with the last one what keeps them out of copies."""
     module.__dict__.pop(name, None)
-    if not {SITE, GROUPS, SETS, SHIFT, GENERATION, PLACEMENT} & module.__dict__.keys():
+    if not {SITE, GROUPS, SETS, HOOK, GENERATION, PLACEMENT} & module.__dict__.keys():
         module.__dict__.pop(_COPYING, None)
 
 
@@ -73,10 +73,10 @@ def _untraced(self: nn.Module) -> dict[str, Any]:
     site = state.pop(SITE, None)
     if site is not None:
         site.replaced.undo(state)
-    shift = state.pop(SHIFT, None)
-    if shift is not None:
+    hook = state.pop(HOOK, None)
+    if hook is not None:
         state["_forward_hooks"] = state["_forward_hooks"].copy()
-        state["_forward_hooks"].pop(shift.id, None)
+        state["_forward_hooks"].pop(hook.id, None)
     for rows in (state.pop(GROUPS, None), state.pop(SETS, None)):
         if rows is not None:
             for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):

@@ -62,9 +62,9 @@ class Layout:
             InputError: another number of sites, a site that the model does not have, another
                 width, or (where both are known) another fingerprint.
         """
-        from lapefast.models import find_sites, fingerprint
+        from lapefast.models import fingerprint, known_sites
 
-        found = {site.name: site.width for site in find_sites(model)}
+        found = known_sites(model, self.sites)
         if self.positional and len(self.sites) != len(found):
             raise InputError(
                 f"the neurons lie in {len(self.sites)} sites, but the model has {len(found)}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ from lapefast.models import fingerprint
 from lapefast.models.bare import bare_model
 from lapefast.models.rows import RowIndex
 from lapefast.models.structure import find_ffns
-from lapefast.models.traces import SHIFT, clear, leave
+from lapefast.steering.output_hooks import OutputHooks
 
 __all__ = ["PlacedShifts", "Shift", "decoder_layers"]
 
@@ -102,43 +101,35 @@ class PlacedShifts:
     def __init__(
         self, model: nn.Module, shifts: Sequence[Shift | None], rows: Mapping | None
     ) -> None:
-        self.fired: set[str] = set()
-        self._hooks = []
+        self._hooks = OutputHooks()
         for name, layer in decoder_layers(model).items():
             if not any(shift is not None and name in shift.vectors for shift in shifts):
                 continue
             table = _table(name, shifts, next(layer.parameters()).device)
             index = None if rows is None else rows.index_on(table.device)
-            shifted = functools.partial(self._shifted, name, table, index)
-            hook = layer.register_forward_hook(shifted)
-            leave(layer, SHIFT, hook)
-            self._hooks.append((layer, hook))
-        self.layers = len(self._hooks)
+            self._hooks.place(name, layer, self._shifted, table, index)
+
+    @property
+    def missed(self) -> list[str]:
+        """Layers to be shifted that have not run yet."""
+        return self._hooks.missed
 
     def remove(self) -> None:
         """Take the hooks out. Safe to repeat."""
-        while self._hooks:
-            layer, hook = self._hooks.pop()
-            hook.remove()
-            clear(layer, SHIFT)
+        self._hooks.remove()
 
-    def _shifted(
-        self, name: str, table: Tensor, index: RowIndex | None, layer: nn.Module, given, output
-    ):
-        hidden = output[0] if isinstance(output, tuple) else output
+    @staticmethod
+    def _shifted(name: str, hidden: Tensor, table: Tensor, index: RowIndex | None) -> Tensor:
         if hidden.shape[-1] != table.shape[1]:
             raise InputError(
                 f"the shift of layer {name} has {table.shape[1]} values, but the hidden state "
                 f"has {hidden.shape[-1]}"
             )
-        if not torch.compiler.is_compiling():
-            self.fired.add(name)
         if index is None:
             vectors = table[0]
         else:
             vectors = table[index.tensor.long()].reshape(hidden.shape)  # -1 is the last: zeros
-        moved = (hidden.float() + vectors).to(hidden.dtype)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return (hidden.float() + vectors).to(hidden.dtype)
 
 
 def _table(name: str, shifts: Sequence[Shift | None], device: torch.device) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks
 from lapefast.models.inputs import input_device
+from lapefast.models.linears import find_linears
 from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
 from lapefast.models.rows import RowIndex
-from lapefast.models.structure import FFN
+from lapefast.models.structure import FFN, stack_of
 from lapefast.neurons import Edit, bind_all
 from lapefast.steering.generation import Generation
+from lapefast.steering.outputs import PlacedOutputs
 from lapefast.steering.sequences import WHERE, StackSets, Where
 from lapefast.steering.shifts import PlacedShifts, Shift
 
@@ -91,6 +93,7 @@ class Steering:
         self._stacks: dict[str, StackSets] = {}
         self._generation: Generation | None = None
         self._shifts: PlacedShifts | None = None
+        self._outputs: PlacedOutputs | None = None
         name = ", ".join(map(repr, self.edits[:3])) + (", ..." if len(self.edits) > 3 else "")
         self._placement = Placement.claim(model, "steering", self, name)
         try:
@@ -100,9 +103,10 @@ class Steering:
                 if not for_all or where != "all":
                     self._tell_rows(model, None if for_all else sets, where)
                 self._placement.fill(self._place)
+                self._place_outputs(model)
                 self._place_shifts(model)
             self._placement.prove()
-            self._check_shifts()
+            self._check_missed()
         except BaseException:
             self.remove()
             raise
@@ -117,8 +121,9 @@ class Steering:
         """Take the edits out of the model. Safe to repeat."""
         for rows in self._stacks.values():
             rows.remove()
-        if self._shifts is not None:
-            self._shifts.remove()
+        for hooked in (self._outputs, self._shifts):
+            if hooked is not None:
+                hooked.remove()
         if self._generation is not None:
             self._generation.remove()
         self._placement.release("steering", "edits", self)
@@ -135,21 +140,24 @@ class Steering:
             )
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
-        site, device = ffn.site, device_of(ffn)
+        state.edits = self._edits_of(ffn.site.name, ffn.site.stack, device_of(ffn))
+
+    def _edits_of(self, site: str, stack: str, device: torch.device) -> SiteEdits | None:
+        """The tables of one site, or None where nothing is edited."""
         tables = [
-            edit.tables.get(site.name, _NOTHING) if isinstance(edit, Edit) else _NOTHING
+            edit.tables.get(site, _NOTHING) if isinstance(edit, Edit) else _NOTHING
             for edit in self.edits
         ]
         ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
         if not ends[-1]:
-            return
+            return None
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
             return values.to(device=device, dtype=dtype).contiguous()
 
         neurons, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
-        rows = self._stacks.get(site.stack)
-        state.edits = SiteEdits(
+        rows = self._stacks.get(stack)
+        return SiteEdits(
             sets=RowIndex() if rows is None else rows.index_on(device),
             tables=(
                 on_device(torch.tensor(ends), torch.int32),
@@ -162,19 +170,42 @@ class Steering:
             exact=self._exact,
         )
 
+    def _place_outputs(self, model: nn.Module) -> None:
+        """Edits of sites that are no FFNs: linear layers' outputs."""
+        ffns = self._placement.states.keys()
+        edited = {
+            site
+            for edit in self.edits
+            if isinstance(edit, Edit)
+            for site in edit.tables
+            if site not in ffns
+        }
+        if not edited:
+            return
+        layers = find_linears(model)
+        made = {
+            site: self._edits_of(site, stack_of(site), next(layer.parameters()).device)
+            for site, layer in layers.items()
+            if site in edited
+        }
+        self._outputs = PlacedOutputs(layers, made)
+
     def _place_shifts(self, model: nn.Module) -> None:
         shifts = [one if isinstance(one, Shift) else None for one in self.edits]
         if any(shifts):
             self._shifts = PlacedShifts(model, shifts, self._stacks.get("decoder"))
 
-    def _check_shifts(self) -> None:
-        """A shift that a forward pass does not meet is an error, where the probe could tell."""
-        shifts = self._shifts
-        if shifts is not None and self._placement.last and len(shifts.fired) < shifts.layers:
-            raise InputError(
-                "a decoder layer that is to be shifted did not run in a forward pass, so the shift "
-                "would do nothing"
-            )
+    def _check_missed(self) -> None:
+        """What a forward pass does not meet is an error, where the probe could tell."""
+        for hooked, what in (
+            (self._outputs, "a linear layer that is to be edited"),
+            (self._shifts, "a decoder layer that is to be shifted"),
+        ):
+            if hooked is not None and self._placement.last and hooked.missed:
+                raise InputError(
+                    f"{what} ({hooked.missed[0]}) did not run in a forward pass, so the steering "
+                    "would do nothing there"
+                )
 
 
 _NOTHING = (torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
