@@ -26,12 +26,12 @@ _EXPORTS = {
     "ResidualMeans": "lapefast.steering.diffmean",
     "residual_means": "lapefast.steering.diffmean",
 }
-_MODULES = ("detect", "evaluate", "export")
+_MODULES = ("detect", "evaluate", "export", "train")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from lapefast import detect, evaluate, export
+    from lapefast import detect, evaluate, export, train
     from lapefast.errors import InputError
     from lapefast.neurons import Edit, NeuronSets, activate, add, deactivate, scale
     from lapefast.profiles import Profile

@@ -189,13 +189,15 @@ class Recorder:
         Raises:
             InputError: where an activation was not finite.
         """
-        self.check()
         drained = {}
-        for site in self.sites:
-            tensors = self._statistics[site.name].tensors()
-            drained[site.name] = {name: tensor.clone() for name, tensor in tensors.items()}
-            for tensor in tensors.values():
-                tensor.zero_()
+        try:
+            self.check()
+        finally:
+            for site, statistics in self._statistics.items():
+                tensors = statistics.tensors()
+                drained[site] = {name: tensor.clone() for name, tensor in tensors.items()}
+                for tensor in (*tensors.values(), statistics.flags):
+                    tensor.zero_()
         return drained
 
     def check(self) -> None:

@@ -163,6 +163,30 @@ void edit(py::handle gate_object, py::handle up, py::handle product, int activat
       resource, lapefast::edit, edit_on_gpu);
 }
 
+void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
+                   py::handle probabilities, py::handle ends, py::handle scores, int threads) {
+  const Tensor query(query_object, "query"), key(keys, "keys"), map(logits, "logits");
+  lapefast::LeaveOneOutCall call{};
+  query.expect(query.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
+  query.expect(query.dimensions() == 3, "must be [heads, length, dimensions]");
+  key.expect(key.dimensions() == 3, "must be [key heads, dimensions, columns]");
+  call.heads = query.size(0), call.length = query.size(1), call.dimensions = query.size(2);
+  call.key_heads = key.size(0), call.columns = key.size(2);
+  key.expect(call.key_heads > 0 && call.heads % call.key_heads == 0,
+             "must serve equally many heads each");
+  key.expect(call.columns % lapefast::map_unit == 0, "must be padded");
+  const std::int64_t rows = call.heads * call.length;
+  call.query = query.contiguous<float>(rows * call.dimensions, query);
+  call.keys = key.contiguous<float>(call.key_heads * call.dimensions * call.columns, query);
+  call.logits = map.contiguous<float>(rows * call.columns, query);
+  call.probabilities =
+      Tensor(probabilities, "probabilities").contiguous<float>(rows * call.columns, query);
+  call.ends = Tensor(ends, "ends").contiguous<std::int32_t>(rows, query);
+  call.scores = Tensor(scores, "scores").contiguous<double>(call.heads * call.dimensions, query);
+  py::gil_scoped_release released;
+  lapefast::leave_one_out(call, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -177,6 +201,7 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("profile", &profile);
   module.def("edit", &edit);
+  module.def("leave_one_out", &leave_one_out);
   module.def("isa", &lapefast::isa, "The instruction set in use.");
   module.def("available_isas", &lapefast::available_isas,
              "Instruction sets that are compiled in and that this processor has, slowest first.");

@@ -87,6 +87,8 @@ class Tensor {
   bool same_place(const Tensor& other) const {
     return seen_.device_type == other.seen_.device_type && seen_.device == other.seen_.device;
   }
+  int dimensions() const { return seen_.dimensions; }
+  std::int64_t size(int at) const { return seen_.shape[at]; }
   std::int64_t width() const { return seen_.shape[seen_.dimensions - 1]; }
   std::int64_t rows() const {
     std::int64_t product = 1;

@@ -157,7 +157,35 @@ void split(const Call& call, int threads, void (*kernel)(const Call&, const Shar
   }
 }
 
+struct LeaveOneOutJob {
+  const LeaveOneOutCall* call;
+  std::vector<float>* scratch;
+};
+
+void run_leave_one_out(void* context, int index, int count) {
+  const auto& job = *static_cast<LeaveOneOutJob*>(context);
+  kernels().leave_one_out(*job.call, index, count, job.scratch->data() + index * job.call->columns);
+}
+
+void check_ends(const LeaveOneOutCall& call) {
+  for (std::int64_t row = 0; row < call.heads * call.length; ++row)
+    if (call.ends[row] < 0 || call.ends[row] > call.columns)
+      throw std::invalid_argument("leave_one_out: ends must lie within [0, " +
+                                  std::to_string(call.columns) + "], got " +
+                                  std::to_string(call.ends[row]) + ".");
+}
+
 }  // namespace
+
+void leave_one_out(const LeaveOneOutCall& call, int threads) {
+  check_ends(call);
+  const std::int64_t scores = call.heads * call.dimensions;
+  if (scores == 0) return;
+  const int shares = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), scores));
+  std::vector<float> scratch(static_cast<std::size_t>(shares * call.columns));
+  LeaveOneOutJob job{&call, &scratch};
+  run_parallel(shares, run_leave_one_out, &job);
+}
 
 void profile(const ProfileCall& call, int threads) {
   const char* what = call.product.data ? "profile: groups" : "observe: groups";

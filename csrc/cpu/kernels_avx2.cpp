@@ -23,8 +23,9 @@ I nonfinite_lanes(Pair values) { return nonfinite_lanes_portable(values); }
 bool any(I mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
 
 #include "kernels.inc"
+#include "leave_one_out.inc"
 }  // namespace
 
-extern const Kernels kernels = {"avx2", profile, edit};
+extern const Kernels kernels = {"avx2", profile, edit, leave_one_out};
 
 }  // namespace lapefast::avx2

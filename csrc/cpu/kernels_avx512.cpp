@@ -80,8 +80,9 @@ Nonfinite nonfinite_lanes(Pair values) {
 bool any(Nonfinite lanes_found) { return lanes_found != 0; }
 
 #include "kernels.inc"
+#include "leave_one_out.inc"
 }  // namespace
 
-extern const Kernels kernels = {"avx512", profile, edit};
+extern const Kernels kernels = {"avx512", profile, edit, leave_one_out};
 
 }  // namespace lapefast::avx512

@@ -22,12 +22,13 @@ bool any(I mask) {
 }
 
 #include "kernels.inc"
+#include "leave_one_out.inc"
 }  // namespace
 
 #if defined(__aarch64__)
-extern const Kernels kernels = {"neon", profile, edit};
+extern const Kernels kernels = {"neon", profile, edit, leave_one_out};
 #else
-extern const Kernels kernels = {"baseline", profile, edit};
+extern const Kernels kernels = {"baseline", profile, edit, leave_one_out};
 #endif
 
 }  // namespace lapefast::baseline

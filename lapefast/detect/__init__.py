@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from lapefast.detect.lape import lape
+from lapefast.detect.plnd import plnd
+from lapefast.detect.zones import zones
 
-__all__ = ["lape"]
+__all__ = ["lape", "plnd", "zones"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lapefast.ops import autograd as _autograd  # registers the Autograd kernels
 from lapefast.ops.activations import ACTIVATIONS
 from lapefast.ops.backends import backend_for
-from lapefast.ops.declarations import edit, observe, profile, profile_
+from lapefast.ops.declarations import edit, leave_one_out, observe, profile, profile_
 from lapefast.ops.exact import FUSED
 from lapefast.ops.straight import edit as straight_edit
 from lapefast.ops.straight import edit_ as straight_edit_
@@ -20,6 +20,7 @@ __all__ = [
     "FUSED",
     "backend_for",
     "edit",
+    "leave_one_out",
     "observe",
     "profile",
     "profile_",

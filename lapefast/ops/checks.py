@@ -17,7 +17,7 @@ from lapefast.errors import InputError
 from lapefast.ops.activations import ACTIVATIONS
 from lapefast.ops.rows import collapsible
 
-__all__ = ["check_edit", "check_statistics", "check_writable"]
+__all__ = ["check_edit", "check_leave_one_out", "check_statistics", "check_writable"]
 
 _TWO = (2,)
 
@@ -123,6 +123,33 @@ def check_writable(gate: Tensor) -> None:
             f"not overlap, got strides {tuple(gate.stride())} for shape {tuple(gate.shape)}; "
             "use profile."
         )
+
+
+def check_leave_one_out(query: Tensor, key: Tensor, logits: Tensor, softcap: float) -> None:
+    """Check the arguments of `leave_one_out`. Raises InputError."""
+    op, device = "leave_one_out", query.device
+    if query.dtype is not torch.float32 or query.dim() != 3:
+        _refuse(op, "query", "float32 [heads, length, dimensions]", query)
+    heads, length, dimensions = query.shape
+    if (
+        key.dtype is not torch.float32
+        or key.dim() != 3
+        or key.shape[2] != dimensions
+        or key.shape[0] < 1
+        or heads % key.shape[0]
+        or key.device != device
+    ):
+        expected = f"float32 [a divisor of {heads}, columns, {dimensions}] on {device}"
+        _refuse(op, "key", expected, key)
+    columns = key.shape[1]
+    if (
+        logits.dtype is not torch.float32
+        or logits.shape != (heads, length, columns)
+        or logits.device != device
+    ):
+        _refuse(op, "logits", f"float32 [{heads}, {length}, {columns}] on {device}", logits)
+    if not softcap >= 0:
+        raise InputError(f"{op}: softcap must be 0 or more, got {softcap}.")
 
 
 def _check_inputs(

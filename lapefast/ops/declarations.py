@@ -19,9 +19,14 @@ import torch
 from torch import Tensor
 
 from lapefast.ops.backends import backend_for
-from lapefast.ops.checks import check_edit, check_statistics, check_writable
+from lapefast.ops.checks import (
+    check_edit,
+    check_leave_one_out,
+    check_statistics,
+    check_writable,
+)
 
-__all__ = ["LIBRARY", "edit", "observe", "profile", "profile_"]
+__all__ = ["LIBRARY", "edit", "leave_one_out", "observe", "profile", "profile_"]
 
 LIBRARY = torch.library.Library("lapefast", "DEF")
 
@@ -52,10 +57,16 @@ LIBRARY.define(
     "Tensor(a!) flags, *, str backend='auto') -> Tensor"
 )
 
+LIBRARY.define(
+    "leave_one_out(Tensor query, Tensor key, Tensor logits, float factor, float softcap=0.0, *, "
+    "str backend='auto') -> Tensor"
+)
+
 profile = torch.ops.lapefast.profile.default
 profile_ = torch.ops.lapefast.profile_.default
 observe = torch.ops.lapefast.observe.default
 edit = torch.ops.lapefast.edit.default
+leave_one_out = torch.ops.lapefast.leave_one_out.default
 
 
 def compute_profile(
@@ -149,6 +160,40 @@ def compute_edit(
     return backend_for(backend, gate.device.type).edit(size, gate, up, activation, *edits)
 
 
+def compute_leave_one_out(
+    query: Tensor,
+    key: Tensor,
+    logits: Tensor,
+    factor: float,
+    softcap: float = 0.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """How much each head's attention map changes without one dimension of its queries and keys.
+
+    With P = softmax(logits) over the last dimension and P_c = softmax(logits - factor * q_c k_c^T):
+    sum over the map of (P_c - P)^2, float64 [heads, dimensions] (arXiv 2402.18815).
+
+    Args:
+        query: float32 [heads, length, dimensions].
+        key: float32 [key heads, columns, dimensions]; each serves heads / key heads heads.
+        logits: float32 [heads, length, columns], minus infinity where masked; a row that is masked
+            as a whole changes nothing.
+        factor: of the product that is taken away.
+        softcap: logits are soft * tanh(logits / soft) before the softmax; 0 for none.
+    """
+    check_leave_one_out(query, key, logits, softcap)
+    return backend_for(backend, query.device.type).leave_one_out(
+        query, key, logits, factor, softcap
+    )
+
+
+@torch.library.register_fake("lapefast::leave_one_out", lib=LIBRARY)
+def _(query, key, logits, factor, softcap=0.0, backend="auto"):
+    check_leave_one_out(query, key, logits, softcap)
+    return query.new_empty((query.shape[0], query.shape[2]), dtype=torch.float64)
+
+
 @torch.library.register_fake("lapefast::profile", lib=LIBRARY)
 def _(gate, up, activation, *statistics, backend="auto"):
     check_statistics("profile", gate, up, activation, *statistics)
@@ -178,5 +223,6 @@ for _op, _compute in (
     ("profile_", compute_profile_),
     ("observe", compute_observe),
     ("edit", compute_edit),
+    ("leave_one_out", compute_leave_one_out),
 ):
     LIBRARY.impl(_op, _compute, "CompositeExplicitAutograd")

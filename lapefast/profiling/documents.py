@@ -41,6 +41,17 @@ class DocumentBatch:
         """Tokens of each document."""
         return self.mask.sum(1).tolist()
 
+    def split(self) -> Iterator[DocumentBatch]:
+        """The same documents one by one, without padding."""
+        for row, length in enumerate(self.lengths):
+            # Of a model's inputs only those of tokens are tensors, each [batch, length].
+            inputs = {
+                name: value[row : row + 1, :length] if isinstance(value, Tensor) else value
+                for name, value in self.inputs.items()
+            }
+            mask = self.mask[row : row + 1, :length]
+            yield DocumentBatch(inputs, mask, [self.numbers[row]])
+
 
 class DocumentPass:
     """Each label's documents, one by one, for one run of a model over all of them.

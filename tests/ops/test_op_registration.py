@@ -33,7 +33,18 @@ def _edit(gate, up):
     return ops.edit, (gate, up, "relu", sets, *tables, flags)
 
 
-CASES = {"profile": _profile, "profile_": _profile_, "observe": _observe, "edit": _edit}
+def _leave_one_out(gate, up):
+    query = torch.ones(2, 3, 4)
+    return ops.leave_one_out, (query, query[:1], torch.zeros(2, 3, 3), 0.5)
+
+
+CASES = {
+    "profile": _profile,
+    "profile_": _profile_,
+    "observe": _observe,
+    "edit": _edit,
+    "leave_one_out": _leave_one_out,
+}
 
 
 def test_every_registered_op_has_a_case():

@@ -76,6 +76,24 @@ struct EditCall {
   std::int64_t* flags;
 };
 
+// How much an attention map changes when one dimension of one head's queries and keys is left out.
+struct LeaveOneOutCall {
+  std::int64_t heads;      // of the queries
+  std::int64_t key_heads;  // each serves heads / key_heads consecutive heads
+  std::int64_t length;     // of the queries
+  std::int64_t dimensions;
+  std::int64_t columns;        // of the maps; a multiple of map_unit
+  const float* query;          // [heads, length, dimensions], times the factor of the scores
+  const float* keys;           // [key_heads, dimensions, columns]
+  const float* logits;         // [heads, length, columns]; minus infinity where masked
+  const float* probabilities;  // [heads, length, columns]: their softmax
+  const std::int32_t* ends;    // [heads, length]: columns from here on are masked; 0: no such row
+  double* scores;              // [heads, dimensions]: the sum of the squared changes
+};
+
+// Sums over a row of a map are made in this many parts, whatever the width of the vectors.
+constexpr int map_unit = 32;
+
 // Rows that are summed up in float32 before they are added to the statistics in float64, counted
 // from the first row of a call, so that sums are the same however the work is shared.
 constexpr int chunk_rows = 64;
@@ -103,6 +121,9 @@ struct Kernels {
   const char* name;
   void (*profile)(const ProfileCall& call, const Share& share);
   void (*edit)(const EditCall& call, const Share& share);
+  // Every `step`-th score from `first` on; `scratch` holds one row of a map.
+  void (*leave_one_out)(const LeaveOneOutCall& call, std::int64_t first, std::int64_t step,
+                        float* scratch);
 };
 
 // Guards the additions to statistics, which several calls may share; `key` is any address of

@@ -13,6 +13,7 @@ namespace lapefast {
 // message for the user. `threads` is an upper bound; results are the same bits for any number.
 void profile(const ProfileCall& call, int threads);
 void edit(const EditCall& call, int threads);
+void leave_one_out(const LeaveOneOutCall& call, int threads);
 
 // Instruction sets that were compiled in and that this processor has, slowest first.
 std::vector<std::string> available_isas();

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from lapefast.ops.backends import native
+from lapefast.ops.backends import native, reference
 from lapefast.ops.backends.native import edit, observe, profile, profile_
 
-__all__ = ["edit", "library_findings", "observe", "profile", "profile_", "why_not"]
+__all__ = [
+    "edit",
+    "leave_one_out",
+    "library_findings",
+    "observe",
+    "profile",
+    "profile_",
+    "why_not",
+]
 
 
 def why_not(device_type: str) -> str | None:
@@ -15,6 +25,34 @@ def why_not(device_type: str) -> str | None:
     if device_type != "cpu":
         return "it computes tensors on the CPU only."
     return native.missing()
+
+
+# Columns of an attention map that the library takes at a time, as in lapefast/kernels.h.
+_MAP_UNIT = 32
+
+
+def leave_one_out(
+    query: Tensor, key: Tensor, logits: Tensor, factor: float, softcap: float
+) -> Tensor:
+    """See `declarations.compute_leave_one_out`."""
+    if softcap:
+        return reference.leave_one_out(query, key, logits, factor, softcap)
+    padding = -key.shape[1] % _MAP_UNIT
+    numbered = torch.arange(1, key.shape[1] + 1, dtype=torch.int32)
+    ends = torch.where(logits > -torch.inf, numbered, 0)
+    ends = ends.amax(-1) if key.shape[1] else ends.new_zeros(logits.shape[:2])
+    logits = functional.pad(logits, (0, padding), value=-torch.inf).contiguous()
+    scores = torch.zeros(query.shape[0], query.shape[2], dtype=torch.float64)
+    native.library.leave_one_out(
+        (query * factor).contiguous(),
+        functional.pad(key.transpose(1, 2), (0, padding)).contiguous(),
+        logits,
+        logits.softmax(-1),
+        ends,
+        scores,
+        torch.get_num_threads(),
+    )
+    return scores
 
 
 def library_findings() -> dict[str, str]:

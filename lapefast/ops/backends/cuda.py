@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lapefast.ops.backends import native
+from lapefast.ops.backends.reference import leave_one_out
 from lapefast.ops.checks import Size
 
-__all__ = ["edit", "observe", "profile", "profile_", "why_not"]
+__all__ = ["edit", "leave_one_out", "observe", "profile", "profile_", "why_not"]
 
 # The oldest GPUs that kernels are compiled for.
 _OLDEST = (8, 0)

@@ -12,12 +12,15 @@ from lapefast.ops.checks import Size
 __all__ = [
     "edit",
     "edited_product",
+    "leave_one_out",
     "observe",
     "product",
     "profile",
     "profile_",
     "why_not",
 ]
+
+_MAPS = 1 << 24  # elements of attention maps that are held at once: 64 MB
 
 
 def why_not(device_type: str) -> str | None:
@@ -229,3 +232,28 @@ def _dense_tables(
         return table.scatter(0, cell, values)[:-1].reshape(number, width)
 
     return dense(used, False), dense(scale, 1.0), dense(shift, 0.0)
+
+
+def leave_one_out(
+    query: Tensor, key: Tensor, logits: Tensor, factor: float, softcap: float
+) -> Tensor:
+    """See `declarations.compute_leave_one_out`; a few dimensions of one head at a time."""
+
+    def softmax(values: Tensor) -> Tensor:
+        capped = softcap * torch.tanh(values / softcap) if softcap else values
+        return torch.where(values == -torch.inf, -torch.inf, capped).softmax(-1)
+
+    heads, length, dimensions = query.shape
+    served = heads // key.shape[0]
+    step = max(1, _MAPS // max(length * key.shape[1], 1))
+    scores = query.new_zeros((heads, dimensions), dtype=torch.float64)
+    for head, map_ in enumerate(logits):
+        rows = (map_ > -torch.inf).any(-1)
+        q, k, map_ = query[head, rows].T, key[head // served].T, map_[rows]
+        whole = softmax(map_)
+        for start in range(0, dimensions, step):
+            some = slice(start, start + step)
+            removed = q[some, :, None] * k[some, None, :] * factor
+            change = softmax(map_ - removed) - whole
+            scores[head, some] = change.square().sum((1, 2), dtype=torch.float64)
+    return scores

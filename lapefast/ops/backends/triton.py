@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lapefast.errors import InputError
+from lapefast.ops.backends.reference import leave_one_out
 from lapefast.ops.checks import Size
 from lapefast.ops.rows import in_rows
 
-__all__ = ["edit", "observe", "profile", "profile_", "why_not"]
+__all__ = ["edit", "leave_one_out", "observe", "profile", "profile_", "why_not"]
 
 _LARGEST_GROUP = 2**31 - 1
 _OLDEST = (3, 6)  # the oldest that the tests were run with; its interpreter needs NumPy below 2.4

@@ -1,0 +1,114 @@
+"""Queries, keys and values as they meet in attention, and the projections they come from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import IDS, by_name
+
+from lapefast.errors import InputError
+from lapefast.models.attention import projections_of, watching_attention
+from lapefast.models.linears import find_linears
+
+NAMES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt-neox", "opt", "bert",
+]  # fmt: skip
+
+
+def watched(model, ids=IDS):
+    """The model's calls of attention, the outputs of its linear layers, and its own output."""
+    calls, outputs = [], {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda _module, _given, output, path=path: outputs.__setitem__(path, output)
+        )
+        for path, layer in find_linears(model).items()
+    ]
+    with torch.no_grad(), watching_attention(model, calls.append):
+        result = model(ids)[0]
+    for hook in hooks:
+        hook.remove()
+    return calls, outputs, result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_computes_what_it_computed(name):
+    model = by_name(name).build()
+    with torch.no_grad():
+        before = model(IDS)[0]
+    calls, _, result = watched(model)
+    assert torch.equal(result, before)
+    assert len(calls) == model.config.num_hidden_layers
+    with torch.no_grad():
+        assert torch.equal(model(IDS)[0], before)
+    assert len(calls) == model.config.num_hidden_layers  # watched no longer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_values_and_output_belong_together(name):
+    model = by_name(name).build()
+    for call in watched(model)[0]:
+        served = call.query.shape[1] // call.key.shape[1]
+        length = IDS.shape[1]
+        for row in range(len(IDS)):
+            scores = call.scores(row, length, slice(0, call.key.shape[1]))
+            if call.softcap:
+                capped = call.softcap * torch.tanh(scores / call.softcap)
+                scores = capped.masked_fill(scores == -torch.inf, -torch.inf)
+            value = call.value[row].repeat_interleave(served, 0)
+            made = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+            # Two ways to the same sums of float32.
+            torch.testing.assert_close(made, call.output[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_unit_is_the_output_of_its_projection(name):
+    model = by_name(name).build()
+    calls, outputs, _ = watched(model)
+    for call in calls:
+        made = projections_of(call)
+        served = call.query.shape[1] // call.key.shape[1]
+        value = call.value.repeat_interleave(served, 1).transpose(1, 2).flatten(2)
+        path, rows = made.value
+        assert torch.equal(outputs[path][..., rows], value)
+        if name in ("gpt2", "gpt-neox", "bert", "llama", "mistral", "phi3", "qwen2"):
+            # A rotary embedding turns nothing at the first position.
+            for found, (path, rows) in (
+                (call.query, made.query),
+                (call.key.repeat_interleave(served, 1), made.key),
+            ):
+                first = found.transpose(1, 2).flatten(2)[:, 0]
+                assert torch.equal(outputs[path][:, 0, rows], first)
+
+
+def test_padding_and_sliding_windows_are_masked():
+    model = by_name("mistral").build()
+    model.config.sliding_window = 3
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 3
+    calls = []
+    with torch.no_grad(), watching_attention(model, calls.append):
+        model(IDS, attention_mask=torch.ones_like(IDS))
+    scores = calls[0].scores(0, IDS.shape[1], slice(0, calls[0].key.shape[1]))
+    seen = (scores > -torch.inf).sum(-1)
+    assert seen[0].tolist() == [min(column + 1, 3) for column in range(IDS.shape[1])]
+
+
+def test_another_model_runs_as_ever_meanwhile():
+    model, other = by_name("llama").build(), by_name("llama").build()
+    calls = []
+    with torch.no_grad(), watching_attention(model, calls.append):
+        other(IDS)
+        assert not calls
+        model(IDS)
+    assert calls
+
+
+def test_an_eager_attention_is_watched_too():
+    model = by_name("llama").build()
+    model.set_attn_implementation("eager")
+    try:
+        calls, _, _ = watched(model)
+    except InputError as error:
+        pytest.skip(f"transformers of this version: {error}")
+    assert len(calls) == model.config.num_hidden_layers
