@@ -20,6 +20,8 @@ _EXPORTS = {
     "deactivate": "lapefast.neurons",
     "activate": "lapefast.neurons",
     "scale": "lapefast.neurons",
+    "compare": "lapefast.neurons",
+    "Comparison": "lapefast.neurons",
     "add": "lapefast.neurons",
     "steer": "lapefast.steering",
     "fold": "lapefast.steering",
@@ -33,7 +35,16 @@ __all__ = ["__version__", *_EXPORTS, *_MODULES]
 if TYPE_CHECKING:
     from lapefast import detect, evaluate, export, train
     from lapefast.errors import InputError
-    from lapefast.neurons import Edit, NeuronSets, activate, add, deactivate, scale
+    from lapefast.neurons import (
+        Comparison,
+        Edit,
+        NeuronSets,
+        activate,
+        add,
+        compare,
+        deactivate,
+        scale,
+    )
     from lapefast.profiles import Profile
     from lapefast.profiling.run import profile
     from lapefast.recording import record

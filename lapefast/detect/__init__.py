@@ -1,9 +1,9 @@
-"""Detectors: from profiles or texts to the neurons of each label. One file per method."""
+"""Detectors: from profiles or texts to the neurons of each label. One file or folder per method."""
 
 from __future__ import annotations
 
 from lapefast.detect.lape import lape
-from lapefast.detect.plnd import plnd
-from lapefast.detect.zones import zones
+from lapefast.detect.plnd import PLND, plnd, zones
+from lapefast.detect.sharing import Category, Sharing, sharing, sharing_categories
 
-__all__ = ["lape", "plnd", "zones"]
+__all__ = ["PLND", "Category", "Sharing", "lape", "plnd", "sharing", "sharing_categories", "zones"]

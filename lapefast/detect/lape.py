@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from lapefast.neurons.layout import Key, Layout
 from lapefast.neurons.sets import NeuronSets
 from lapefast.profiles import Profile
 
-__all__ = ["lape"]
+__all__ = ["Criteria", "criteria", "lape"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,84 @@ def lape(
         InputError: fewer than two labels, a label without tokens, no counts, a rate out of range,
             or an unknown form.
     """
+    rates = {
+        "top_rate": top_rate,
+        "filter_rate": filter_rate,
+        "activation_bar_ratio": activation_bar_ratio,
+    }
+    probabilities, least, bar, qualifies, chosen = _select(profile, form, **rates)
+    belongs = probabilities[:, chosen] > bar
+
+    notes = []
+    asked = _asked(top_rate, probabilities)
+    if (found := int(qualifies.sum())) < asked:
+        notes.append(
+            f"{asked} neurons were asked for (top_rate {top_rate}), but only {found} are active "
+            f"often enough for some label (filter_rate {filter_rate})"
+        )
+        logger.warning("LAPE: %s", notes[0])
+    metadata = {"method": "lape", "parameters": {"form": form, **rates}, "notes": notes}
+    neurons = {
+        label: _by_site(chosen[row], profile)
+        for label, row in zip(profile.labels, belongs, strict=True)
+    }
+    return NeuronSets(neurons, _layout(profile), metadata)
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What `lape` decides by; see there for the words.
+
+    Attributes:
+        probabilities: p, [labels, neurons of all sites in order].
+        entropy: [neurons], NaN of a neuron that is never active.
+        qualifies: bool [neurons], whether some p > v.
+        least: v.
+        bar: of belonging to a label.
+        cut: the highest entropy of a qualifying neuron that remains; None where none does.
+    """
+
+    probabilities: np.ndarray
+    entropy: np.ndarray
+    qualifies: np.ndarray
+    least: float
+    bar: float
+    cut: float | None
+
+
+def criteria(
+    profile: Profile,
+    top_rate: float = 0.01,
+    filter_rate: float = 0.95,
+    activation_bar_ratio: float = 0.95,
+    form: Literal["paper", "released"] = "paper",
+) -> Criteria:
+    """The distributions and thresholds by which `lape` decides, given the same arguments.
+
+    Raises:
+        InputError: see `lape`.
+    """
+    probabilities, least, bar, qualifies, chosen = _select(
+        profile, form, top_rate, filter_rate, activation_bar_ratio
+    )
+    values = probabilities.numpy()
+    active = (values > 0).any(axis=0)
+    entropy = np.full(values.shape[1], np.nan, values.dtype)
+    entropy[active] = _entropy(values[:, active])
+    # The released form pads with neurons that do not qualify where too few do.
+    remaining = chosen[qualifies[chosen]].numpy()
+    cut = float(entropy[remaining].max()) if len(remaining) else None
+    return Criteria(values, entropy, qualifies.numpy(), least, bar, cut)
+
+
+def _select(
+    profile: Profile,
+    form: Literal["paper", "released"],
+    top_rate: float,
+    filter_rate: float,
+    activation_bar_ratio: float,
+) -> tuple[torch.Tensor, float, float, torch.Tensor, torch.Tensor]:
+    """Probabilities, v, bar, which neurons qualify, and the sorted flat indices of those chosen."""
     if len(profile.labels) < 2:
         raise InputError(
             "LAPE compares labels and needs at least two, but the profile has only "
@@ -75,25 +154,14 @@ def lape(
     bar = least
     if activation_bar_ratio != filter_rate:
         bar = _kth_smallest(probabilities, activation_bar_ratio, "activation_bar_ratio")
-    asked = round(top_rate * probabilities.shape[1])
     qualifies = (probabilities > least).any(dim=0)
     select = _lowest if form == "paper" else _lowest_as_released
-    chosen = select(probabilities, qualifies, asked)
-    belongs = probabilities[:, chosen] > bar
+    chosen = select(probabilities, qualifies, _asked(top_rate, probabilities))
+    return probabilities, least, bar, qualifies, chosen
 
-    notes = []
-    if (found := int(qualifies.sum())) < asked:
-        notes.append(
-            f"{asked} neurons were asked for (top_rate {top_rate}), but only {found} are active "
-            f"often enough for some label (filter_rate {filter_rate})"
-        )
-        logger.warning("LAPE: %s", notes[0])
-    metadata = {"method": "lape", "parameters": {"form": form, **rates}, "notes": notes}
-    neurons = {
-        label: _by_site(chosen[row], profile)
-        for label, row in zip(profile.labels, belongs, strict=True)
-    }
-    return NeuronSets(neurons, _layout(profile), metadata)
+
+def _asked(top_rate: float, probabilities: torch.Tensor) -> int:
+    return round(top_rate * probabilities.shape[1])
 
 
 def _probabilities(profile: Profile, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,14 @@
 """What neurons do to a model: evaluations, one file per method."""
 
+from lapefast.evaluate.categories import CategoryDeactivation, category_deactivation
 from lapefast.evaluate.matrix import PerplexityMatrix, perplexity_matrix
 from lapefast.evaluate.sweep import Sweep, sweep
 
-__all__ = ["PerplexityMatrix", "Sweep", "perplexity_matrix", "sweep"]
+__all__ = [
+    "CategoryDeactivation",
+    "PerplexityMatrix",
+    "Sweep",
+    "category_deactivation",
+    "perplexity_matrix",
+    "sweep",
+]

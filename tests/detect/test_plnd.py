@@ -9,8 +9,8 @@ import torch
 from families import by_name
 
 import lapefast as lf
-from lapefast.detect.plnd_scores import DocumentScores
-from lapefast.detect.zones import zones
+from lapefast.detect.plnd.scores import DocumentScores
+from lapefast.detect.plnd.zones import zones
 from lapefast.errors import InputError
 from lapefast.models import find_linears
 from lapefast.profiling.documents import DocumentPass

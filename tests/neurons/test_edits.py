@@ -7,7 +7,6 @@ import torch
 
 import lapefast.models
 from lapefast.errors import InputError
-from lapefast.models.sites import Site
 from lapefast.neurons import Layout, NeuronSet, NeuronSets, activate, add, deactivate, scale
 
 LAYOUT = Layout(("a", "b"), {"a": 4, "b": 6}, "f" * 64, "some/model")
@@ -173,8 +172,8 @@ def test_neurons_known_by_position_take_the_sites_of_named_values():
 
 
 def test_binding_an_edit_names_its_sites_and_checks_its_indices(monkeypatch):
-    sites = [Site("a", 4, "silu"), Site("b", 6, "silu")]
-    monkeypatch.setattr(lapefast.models, "find_sites", lambda model: sites, raising=False)
+    sites = {"a": 4, "b": 6}
+    monkeypatch.setattr(lapefast.models, "known_sites", lambda model, named: sites)
     monkeypatch.setattr(lapefast.models, "fingerprint", lambda model: "f" * 64, raising=False)
     model = torch.nn.Module()
     bound = activate(NeuronSet({1: [5]}, "en", Layout((0, 1))), 2.0).bind(model)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lapefast.errors import InputError
-from lapefast.models.sites import Site
 from lapefast.neurons import Layout, NeuronSet, NeuronSets
 
 LAYOUT = Layout(("a", "b"), {"a": 4, "b": 6}, "f" * 64, "some/model")
@@ -16,8 +15,8 @@ def model(monkeypatch):
     """Stands for a model with sites a and b; what finds sites in real ones is tested elsewhere."""
     import lapefast.models
 
-    sites = [Site("a", 4, "silu"), Site("b", 6, "silu")]
-    monkeypatch.setattr(lapefast.models, "find_sites", lambda model: sites, raising=False)
+    sites = {"a": 4, "b": 6}
+    monkeypatch.setattr(lapefast.models, "known_sites", lambda model, named: sites)
     monkeypatch.setattr(lapefast.models, "fingerprint", lambda model: "f" * 64, raising=False)
     return torch.nn.Module()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapefast.detect.plnd_scores import KINDS, DocumentScores, Form, Kind, Unit
+from lapefast.detect.plnd.scores import KINDS, DocumentScores, Form, Kind, Unit
 from lapefast.errors import InputError
 from lapefast.models import fingerprint, known_sites
 from lapefast.models.attention import Projections

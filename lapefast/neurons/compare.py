@@ -1,0 +1,162 @@
+"""Neuron sets beside each other: how much methods, or languages, agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapefast.errors import InputError
+from lapefast.neurons.layout import Key, Layout
+from lapefast.neurons.sets import NeuronSets
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The overlap of every label of one result with every label of another.
+
+    Attributes:
+        labels_a, labels_b: labels of either, in their order.
+        methods: how the neurons of either were found, where their metadata says so.
+        sizes_a, sizes_b: neurons of each label, int64 [a] and [b].
+        common: neurons that both have, int64 [a, b].
+        common_by_site: site -> the same at that site, int64 [a, b].
+    """
+
+    labels_a: list[str]
+    labels_b: list[str]
+    methods: tuple[str | None, str | None]
+    sizes_a: Tensor
+    sizes_b: Tensor
+    common: Tensor
+    common_by_site: dict[Key, Tensor]
+
+    @property
+    def jaccard(self) -> Tensor:
+        """Neurons in common among those of either, float64 [a, b]; 0 where there are none."""
+        either = self.sizes_a[:, None] + self.sizes_b - self.common
+        return self.common.double() / either.clamp(min=1)
+
+    @property
+    def share_of_smaller(self) -> Tensor:
+        """Neurons in common among those of the smaller set, float64 [a, b]."""
+        smaller = torch.minimum(self.sizes_a[:, None], self.sizes_b)
+        return self.common.double() / smaller.clamp(min=1)
+
+    def to_pandas(self) -> Any:
+        """A row per pair of labels, as a `pandas.DataFrame`."""
+        import pandas
+
+        return pandas.DataFrame(
+            [
+                {
+                    "label_a": a,
+                    "label_b": b,
+                    "size_a": int(self.sizes_a[i]),
+                    "size_b": int(self.sizes_b[j]),
+                    "common": int(self.common[i, j]),
+                    "jaccard": float(self.jaccard[i, j]),
+                }
+                for i, a in enumerate(self.labels_a)
+                for j, b in enumerate(self.labels_b)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        a, b = (method or "neurons" for method in self.methods)
+        return f"Comparison({a} with {b}: {len(self.labels_a)} x {len(self.labels_b)} labels)"
+
+
+def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
+    """The overlap of two results, such as two methods', or of one with itself, between languages.
+
+    Where one result's sites are FFNs and the other's the linear layers inside of them that are as
+    wide, an output of such a layer counts as the FFN's neuron of its index.
+
+    Raises:
+        InputError: they are of different models, or one knows its sites by position only.
+    """
+    for sets in (sets_a, sets_b):
+        if not isinstance(sets, NeuronSets):
+            raise InputError(f"compare takes two NeuronSets, got {type(sets).__name__}")
+    a, b = sets_a.layout, sets_b.layout
+    if a.positional != b.positional:
+        raise InputError(
+            "one result names its sites and the other knows them by position only; call "
+            "bind(model) on the latter first"
+        )
+    known = a.fingerprint and b.fingerprint
+    if (known and a.fingerprint != b.fingerprint) or any(
+        a.widths.get(site, width) != width for site, width in b.widths.items()
+    ):
+        raise InputError(
+            f"the neurons are of two models, {a.model or 'of one file'} and "
+            f"{b.model or 'of the other'}; compare neurons of one model"
+        )
+    first, second = _aligned(sets_a, b), _aligned(sets_b, a)
+    sites = list(dict.fromkeys((*a.sites, *b.sites)))
+    by_site = {}
+    for site in sites:
+        found = torch.tensor(
+            [
+                [len(_of(one, site) & _of(other, site)) for other in second.values()]
+                for one in first.values()
+            ],
+            dtype=torch.int64,
+        ).reshape(len(first), len(second))
+        if found.any():
+            by_site[site] = found
+    zeros = torch.zeros(len(first), len(second), dtype=torch.int64)
+    return Comparison(
+        sets_a.labels,
+        sets_b.labels,
+        (sets_a.metadata.get("method"), sets_b.metadata.get("method")),
+        _sizes(first),
+        _sizes(second),
+        sum(by_site.values(), zeros),
+        by_site,
+    )
+
+
+_Members = dict[str, dict[Key, set[int]]]
+"""Label -> site -> neurons."""
+
+
+def _aligned(sets: NeuronSets, other: Layout) -> _Members:
+    """The neurons, those of linear layers inside the other's FFNs as the FFNs' own."""
+    moved = {site: _ffn_of(site, sets.layout.widths, other) for site in sets.sites}
+    aligned: _Members = {}
+    for label, neurons in sets.items():
+        held: dict[Key, set[int]] = {}
+        for site, indices in neurons.items():
+            width = other.widths[moved[site]] if moved[site] != site else None
+            own = indices % width if width else indices
+            held.setdefault(moved[site], set()).update(own.tolist())
+        aligned[label] = held
+    return aligned
+
+
+def _ffn_of(site: Key, widths: Mapping[Key, int], other: Layout) -> Key:
+    if isinstance(site, str) and site not in other.sites and site in widths:
+        parent = site.rpartition(".")[0]
+        # Gate and up may be one layer, and so twice as wide.
+        if parent in other.widths and widths[site] in (
+            other.widths[parent],
+            2 * other.widths[parent],
+        ):
+            return parent
+    return site
+
+
+def _of(members: dict[Key, set[int]], site: Key) -> set[int]:
+    return members.get(site, set())
+
+
+def _sizes(members: _Members) -> Tensor:
+    sizes = [sum(map(len, held.values())) for held in members.values()]
+    return torch.tensor(sizes, dtype=torch.int64)
