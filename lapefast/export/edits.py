@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lapefast.errors import InputError
+from lapefast.models import find_sites
 from lapefast.neurons import Edit, save_edits
 
 __all__ = ["edits"]
@@ -21,7 +22,7 @@ def edits(
 ) -> None:
     """Bind named edits to the model and write them as JSON, as `lapefast.neurons.load_edits` reads.
 
-    Any edit can be written, since nothing is made of the weights.
+    Any edit of neurons can be written, since nothing is made of the weights.
 
     Args:
         model: the model that will be served.
@@ -30,12 +31,21 @@ def edits(
         server: the name of the edit that holds for every request that asks for none.
 
     Raises:
-        InputError: there is no edit, one does not fit the model, a name is not usable, `server` is
-            none of them, or the file can't be written.
+        InputError: there is no edit, one does not fit the model or is not of FFNs alone, a name is
+            not usable, `server` is none of them, or the file can't be written.
     """
     if not isinstance(edits, Mapping) or not all(isinstance(one, Edit) for one in edits.values()):
         raise InputError(
             "edits to export must be given as {name: edit}, each made by deactivate, activate, "
             f"scale or add, got {edits!r:.80}"
         )
-    save_edits(path, {name: edit.bind(model) for name, edit in edits.items()}, server)
+    bound = {name: edit.bind(model) for name, edit in edits.items()}
+    ffns = {site.name for site in find_sites(model)}
+    for name, edit in bound.items():
+        others = edit.tables.keys() - ffns
+        if others:
+            raise InputError(
+                f"the edit {name} is also of {min(others)}, a linear layer's outputs, but servers "
+                "edit neurons of FFNs; use lf.export.checkpoint or lf.export.lora"
+            )
+    save_edits(path, bound, server)

@@ -18,11 +18,12 @@ from lapefast.neurons import Edit
 from lapefast.steering.fold import refuse_folded
 from lapefast.steering.linear import (
     LinearEdit,
-    check_edit,
     dense_weight,
+    effective_edit,
     holds_adapter,
     linear_edits,
 )
+from lapefast.steering.output_edits import OutputEdit, output_edits
 
 __all__ = ["lora"]
 
@@ -35,6 +36,8 @@ def lora(model: nn.Module, edit: Edit, path: str | os.PathLike[str], max_rank: i
     and B [hidden, |S|] = `(s - 1) * W[:, S]`, both in W's dtype. Its scaling is 1 in every layer,
     and layers without an edited neuron are not in it. PEFT, vLLM and other engines that serve
     adapters load it, without lapefast; vLLM per request.
+
+    Scaling outputs of a linear layer is its transpose: A holds their rows and B selects them.
 
     Exact but for rounding: besides B's (none where neurons are deactivated), an engine rounds W p
     before it adds B A p. So where the neurons make most of W p, what is left is off by up to half a
@@ -74,15 +77,15 @@ def _config_class() -> Any:
     return LoraConfig
 
 
-def _edits(model: nn.Module, edit: Edit, max_rank: int) -> list[LinearEdit]:
-    """The edit of each FFN, after checking that it is an adapter of at most `max_rank`."""
-    check_edit(edit)
-    for site, (neurons, scale, shift) in edit.bind(model).tables.items():
+def _edits(model: nn.Module, edit: Edit, max_rank: int) -> list[LinearEdit | OutputEdit]:
+    """The edit of each site, after checking that it is an adapter of at most `max_rank`."""
+    edit = effective_edit(model, edit)
+    for site, (neurons, scale, shift) in edit.tables.items():
         shifted = shift != 0
         if shifted.any():
             raise InputError(
                 f"{site}: neuron {int(neurons[shifted][0])} is activated or added to, which no "
-                "adapter of the last projection does; use lf.steer or the vLLM plugin "
+                "adapter does; use lf.steer or the vLLM plugin "
                 "(lf.export.edits)"
             )
         rank = int((scale != 1).sum())
@@ -91,14 +94,32 @@ def _edits(model: nn.Module, edit: Edit, max_rank: int) -> list[LinearEdit]:
                 f"{site}: {rank} neurons are edited, more than an adapter of rank {max_rank} "
                 "takes; use lf.export.checkpoint, which takes any number"
             )
-    return linear_edits(model, edit)
+    outputs = output_edits(model, edit)
+    for one in outputs:
+        bias = one.layer._parameters.get("bias")
+        if bias is not None and bias.detach().cpu()[one.neurons].any():
+            raise InputError(
+                f"{one.site}: an adapter leaves the bias of the outputs that are edited as it is; "
+                "use lf.export.checkpoint"
+            )
+    return [*linear_edits(model, edit), *outputs]
 
 
-def _write(model: nn.Module, edits: list[LinearEdit], config_class: Any, directory: Path) -> None:
+def _write(
+    model: nn.Module,
+    edits: list[LinearEdit | OutputEdit],
+    config_class: Any,
+    directory: Path,
+) -> None:
     paths = {module: path for path, module in model.named_modules()}
     ranks, tensors = {}, {}
     for one in edits:
-        path = paths[one.ffn.last]
+        path = paths[_layer(one)]
+        if path in ranks:
+            raise InputError(
+                f"the edit changes columns and rows of {path}, which is no one adapter; use "
+                "lf.export.checkpoint"
+            )
         ranks[path] = len(one.neurons)
         down, up = _factors(one)
         tensors[f"base_model.model.{path}.lora_A.weight"] = down
@@ -115,7 +136,7 @@ def _write(model: nn.Module, edits: list[LinearEdit], config_class: Any, directo
         lora_alpha=rank,
         rank_pattern=other,
         alpha_pattern=dict(other),
-        fan_in_fan_out=type(edits[0].ffn.last).__name__ == "Conv1D",
+        fan_in_fan_out=type(_layer(edits[0])).__name__ == "Conv1D",
     )
     # Whole paths, as a name such as down_proj would put modules into every layer; and set here,
     # because the class makes a set of them, whose order changes from run to run.
@@ -124,8 +145,19 @@ def _write(model: nn.Module, edits: list[LinearEdit], config_class: Any, directo
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _factors(edit: LinearEdit) -> tuple[Tensor, Tensor]:
-    """A [rank, width] and B [hidden, rank], on the CPU."""
+def _layer(edit: LinearEdit | OutputEdit) -> nn.Module:
+    return edit.layer if isinstance(edit, OutputEdit) else edit.ffn.last
+
+
+def _factors(edit: LinearEdit | OutputEdit) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank], on the CPU."""
+    rank = len(edit.neurons)
+    if isinstance(edit, OutputEdit):
+        weight = dense_weight(edit.layer, edit.site)
+        rows = weight[edit.neurons.to(weight.device)].cpu().contiguous()
+        up = torch.zeros(len(weight), rank, dtype=weight.dtype)
+        up[edit.neurons, torch.arange(rank)] = (edit.scale - 1).to(weight.dtype)
+        return rows, up
     weight = dense_weight(edit.ffn.last, edit.ffn.site.name)
     columns = weight[:, edit.neurons.to(weight.device)].cpu()
     up = (columns.float() * (edit.scale - 1)).to(weight.dtype)
@@ -134,7 +166,6 @@ def _factors(edit: LinearEdit) -> tuple[Tensor, Tensor]:
             f"{edit.ffn.site.name}: the adapter's weights leave the range of {weight.dtype}; use "
             "lf.steer, which edits while the model runs"
         )
-    rank = len(edit.neurons)
     down = torch.zeros(rank, weight.shape[1], dtype=weight.dtype)
     down[torch.arange(rank), edit.neurons] = 1
     return down, up.contiguous()

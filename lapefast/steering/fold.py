@@ -16,6 +16,7 @@ from lapefast.steering.linear import (
     LinearEdit,
     close,
     dense_weight,
+    effective_edit,
     linear_edits,
     precision,
     probing,
@@ -23,6 +24,7 @@ from lapefast.steering.linear import (
     run_call,
     summing,
 )
+from lapefast.steering.output_edits import OutputEdit, output_edits
 from lapefast.steering.preimage import preimages
 
 __all__ = ["Fold", "fold", "refuse_folded"]
@@ -38,6 +40,9 @@ def fold(model: nn.Module, edit: Edit) -> Fold:
     | deactivate, scale | columns of `down` | columns of `fc2` |
     | activate to v | the gate's bias, if it has one and the activation reaches v | bias of `fc2` |
     | add v, or scale and add | refused | columns and bias of `fc2` |
+
+    Outputs of a linear layer are its rows and its bias: any edit of them can be folded; a layer
+    (an `nn.Linear`) without a bias may get one.
 
     Folding is algebraically exact. In float32 outputs agree with those under `lf.steer` within
     1e-5, relative; in half precision within what one rounding of each folded weight makes. An
@@ -71,8 +76,10 @@ class Fold:
         self._kept: list[_Kept] = []
         self._name = repr(edit)
         refuse_folded(model)
-        plans = linear_edits(model, edit)
+        edit = effective_edit(model, edit)
+        plans, outputs = linear_edits(model, edit), output_edits(model, edit)
         changes = [change for plan in plans for change in _changes(plan)]
+        changes += [change for plan in outputs for change in _row_changes(plan)]
         changes = _once_each(model, changes)
         try:
             for change in changes:
@@ -80,8 +87,11 @@ class Fold:
             with probing(bare_model(model)):
                 for plan in plans:
                     _check(plan)
-            for plan in plans:
-                _FOLDED[plan.ffn.last] = weakref.ref(self)
+                for plan in outputs:
+                    plan.check()
+            # A model is folded if any of its FFNs is; edits of other layers stand for the first.
+            for last in [plan.ffn.last for plan in plans] or [find_ffns(model)[0].last]:
+                _FOLDED[last] = weakref.ref(self)
         except BaseException:
             self.undo()
             raise
@@ -231,6 +241,29 @@ def _changes(plan: LinearEdit) -> list[_Change]:
         changes.append(
             _Change(site, last, "weight", 1, index, _rounded(after, before, weight, site))
         )
+    return changes
+
+
+def _row_changes(plan: OutputEdit) -> list[_Change]:
+    """What the edit of one linear layer's outputs does to its weights: y = W x + b, row by row."""
+    site, layer = plan.site, plan.layer
+    weight, bias = dense_weight(layer, site), layer._parameters.get("bias")
+    index = plan.neurons.to(weight.device)
+    scale, shift = plan.scale.to(weight.device), plan.shift.to(weight.device)
+    before, changes = weight[index], []
+    if (scale != 1).any():
+        after = torch.where(scale[:, None] == 0, 0.0, before.float() * scale[:, None])
+        changes.append(
+            _Change(site, layer, "weight", 0, index, _rounded(after, before, weight, site))
+        )
+    if bias is not None:
+        held = bias.detach()[index.to(bias.device)]
+        after = torch.where(scale == 0, shift, held.float() * scale + shift)
+        changes.append(_Change(site, layer, "bias", 0, index, _rounded(after, held, held, site)))
+    elif shift.any():
+        every = torch.arange(len(weight), device=weight.device)
+        whole = torch.zeros(len(weight), device=weight.device).index_copy_(0, index, shift)
+        changes.append(_Change(site, layer, "bias", 0, every, _rounded(whole, whole, weight, site)))
     return changes
 
 

@@ -29,9 +29,11 @@ from lapefast.steering.steer import steer
 __all__ = [
     "Call",
     "LinearEdit",
+    "calls_of",
     "check_edit",
     "close",
     "dense_weight",
+    "effective_edit",
     "holds_adapter",
     "linear_edits",
     "precision",
@@ -82,19 +84,12 @@ class LinearEdit:
     calls: tuple[Call, ...]
 
 
-def linear_edits(model: nn.Module, edit: Edit) -> list[LinearEdit]:
-    """The edit of each FFN that it changes, proven by a probe of a few tokens.
-
-    Nothing of the model is changed, then or later, by this function.
-
-    Args:
-        model: the model, with dense weights on hand and nothing placed in it.
-        edit: for every sequence and position alike.
+def effective_edit(model: nn.Module, edit: Edit) -> Edit:
+    """The edit bound to the model, without the neurons that it leaves as they are.
 
     Raises:
-        InputError: the edit does not fit the model or changes nothing; something is placed in the
-            model; a last projection is adapted, quantised, offloaded or not reached by the probe;
-            or what enters it does not follow the activation linearly.
+        InputError: it is not one edit for all, does not fit the model or changes nothing; or
+            something is placed in the model.
     """
     check_edit(edit)
     bare = bare_model(model)
@@ -103,13 +98,33 @@ def linear_edits(model: nn.Module, edit: Edit) -> list[LinearEdit]:
             f"something of lapefast is placed in this {type(bare).__name__} (by steer or record); "
             "remove it first"
         )
-    edit = _effective(edit.bind(model))
+    return _effective(edit.bind(model))
+
+
+def linear_edits(model: nn.Module, edit: Edit) -> list[LinearEdit]:
+    """The edit of each FFN that it changes, proven by a probe of a few tokens.
+
+    Nothing of the model is changed, then or later, by this function.
+
+    Args:
+        model: the model, with dense weights on hand and nothing placed in it.
+        edit: as `effective_edit` gives it; of sites that are no FFNs, nothing is made.
+
+    Raises:
+        InputError: a last projection is adapted, quantised, offloaded or not reached by the probe;
+            or what enters it does not follow the activation linearly.
+    """
     ffns = [ffn for ffn in find_ffns(model) if ffn.site.name in edit.tables]
+    if not ffns:
+        return []
+    bare = bare_model(model)
+    names = {ffn.site.name for ffn in ffns}
+    tables = {site: table for site, table in edit.tables.items() if site in names}
     for ffn in ffns:
         dense_weight(ffn.last, ffn.site.name)
     with probing(bare):
-        given = _calls(bare, ffns)
-        return _proven(model, edit, ffns, given)
+        given = calls_of(bare, {ffn.site.name: ffn.owner for ffn in ffns})
+        return _proven(model, Edit(tables, edit.layout), ffns, given)
 
 
 def check_edit(edit: object) -> None:
@@ -239,9 +254,15 @@ def _effective(edit: Edit) -> Edit:
     return Edit(tables, edit.layout)
 
 
-def _calls(bare: nn.Module, ffns: list[FFN]) -> dict[str, list[tuple[tuple, dict[str, Any]]]]:
-    """Site -> what its owner is called with when a few tokens run through the model."""
-    calls: dict[str, list] = {ffn.site.name: [] for ffn in ffns}
+def calls_of(
+    bare: nn.Module, modules: Mapping[str, nn.Module]
+) -> dict[str, list[tuple[tuple, dict[str, Any]]]]:
+    """Site -> what its module is called with when a few tokens run through the model.
+
+    Raises:
+        InputError: where they reach a module not at all.
+    """
+    calls: dict[str, list] = {site: [] for site in modules}
 
     def note(site: str):
         def hook(_module: nn.Module, args: tuple, options: dict[str, Any]) -> None:
@@ -253,7 +274,8 @@ def _calls(bare: nn.Module, ffns: list[FFN]) -> dict[str, list[tuple[tuple, dict
 
     ids = probe_ids(bare)
     hooks = [
-        ffn.owner.register_forward_pre_hook(note(ffn.site.name), with_kwargs=True) for ffn in ffns
+        module.register_forward_pre_hook(note(site), with_kwargs=True)
+        for site, module in modules.items()
     ]
     failed = None
     try:

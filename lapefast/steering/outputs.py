@@ -42,6 +42,4 @@ class PlacedOutputs:
 
 def _edited(site: str, output: Tensor, edits: SiteEdits) -> Tensor:
     op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
-    return op(
-        output, None, "identity", edits.sets.tensor, *edits.tables, backend=edits.backend
-    )
+    return op(output, None, "identity", edits.sets.tensor, *edits.tables, backend=edits.backend)

@@ -45,6 +45,7 @@ def test_edits_come_back_bound_to_the_model(tmp_path):
         ({"a": {"layers.0.mlp": [1]}}, None, "{name: edit}"),
         (lf.deactivate({"layers.0.mlp": [1]}), None, "{name: edit}"),
         ({"a": lf.deactivate({"layers.7.mlp": [1]})}, None, "layers.7.mlp"),
+        ({"a": lf.deactivate({"layers.0.self_attn.q_proj": [1]})}, None, "servers edit neurons"),
         ({"a": lf.deactivate({"layers.0.mlp": [1]})}, "b", "none of the file's"),
         ({"none": lf.deactivate({"layers.0.mlp": [1]})}, None, "other than 'none'"),
     ],

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from families import by_name
 
 import lapefast as lf
 from lapefast.errors import InputError
 from lapefast.models import find_linears
-from families import by_name
 
 IDS = torch.arange(3 * 8).reshape(3, 8) * 31 % 97
 FAMILIES = ["llama", "gpt2", "phi3", "t5-v1.1", "opt"]
