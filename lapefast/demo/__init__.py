@@ -6,7 +6,17 @@
 from __future__ import annotations
 
 from lapefast.demo.cache import TOP_RATE, Demo, cache_directory, load
+from lapefast.demo.examples import examples
 from lapefast.demo.prompts import prompts
 from lapefast.demo.text import LANGUAGES, compose
 
-__all__ = ["LANGUAGES", "TOP_RATE", "Demo", "cache_directory", "compose", "load", "prompts"]
+__all__ = [
+    "LANGUAGES",
+    "TOP_RATE",
+    "Demo",
+    "cache_directory",
+    "compose",
+    "examples",
+    "load",
+    "prompts",
+]

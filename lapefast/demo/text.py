@@ -28,12 +28,13 @@ _PHRASES = 1000
 _NAMES = 50
 
 
-def compose(language: str, documents: int, seed: int) -> list[str]:
+def compose(language: str, documents: int, seed: int, parallel: bool = False) -> list[str]:
     """Composes `documents` one-line texts in `language`, the same for the same arguments.
 
-    `language` is one of `LANGUAGES`; any locale that CLDR covers works.
+    `language` is one of `LANGUAGES`; any locale that CLDR covers works. Where `parallel` is set,
+    texts of one number say the same in every language.
     """
-    rng = random.Random(f"{language} {seed}")
+    rng = random.Random(f"parallel {seed}" if parallel else f"{language} {seed}")
     locale = Locale.parse(language)
     tables = _tables(locale, rng, min(documents, _PHRASES))
     return [_document(locale, tables, rng) for _ in range(documents)]

@@ -23,9 +23,12 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         InputError: there is none.
     """
     found: dict[str, nn.Module] = {}
-    for path, module in named_modules(bare_model(model)):
+    bare = bare_model(model)
+    # T5's bare model owns its head.
+    head = getattr(bare, "get_output_embeddings", lambda: None)()
+    for path, module in named_modules(bare):
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if not inside and out_features(module) is not None:
+        if not inside and module is not head and out_features(module) is not None:
             found[path] = module
     if not found:
         raise InputError(f"{type(model).__name__} has no linear layers")
