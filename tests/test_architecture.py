@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "lapefast"
 # From the bottom up; parts on one line may import each other, but not in a circle.
 ORDER = [
     {"errors"},
-    {"files", "sealed", "ops"},
+    {"files", "sealed", "display", "ops"},
     {"corpus", "models", "neurons"},
     {"profiles"},
     {"recording", "engines"},
     {"profiling", "steering"},
-    {"detect", "evaluate", "export"},
+    {"detect", "evaluate", "export", "train"},
     {"report"},
     {"doctor", "demo"},
     {"cli"},

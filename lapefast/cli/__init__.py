@@ -19,7 +19,9 @@ from lapefast.cli.generate import generate
 from lapefast.cli.identify import identify
 from lapefast.cli.info import info
 from lapefast.cli.merge import merge
+from lapefast.cli.options import grouped
 from lapefast.cli.profile import profile
+from lapefast.cli.report import report
 from lapefast.cli.sweep import sweep
 from lapefast.errors import InputError
 
@@ -68,11 +70,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS = (
-    *(profile, identify, evaluate, generate, sweep, export),
+    *(profile, identify, evaluate, generate, sweep, report, export),
     *(merge, info, demo, doctor),
 )
 for _command in _COMMANDS:
-    app.command()(_guarded(_command))
+    app.command()(_guarded(grouped(_command)))
 
 
 @app.callback(invoke_without_command=True)

@@ -1,16 +1,20 @@
-"""`lapefast demo`: the main job on a small model, made on this machine."""
+"""`lapefast demo`: the whole job on a small model, made on this machine."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lapefast.cli.options import check_output
 from lapefast.errors import InputError
+
+if TYPE_CHECKING:
+    from lapefast.demo import Demo
+    from lapefast.detect import Experts, Sharing
 
 __all__ = ["demo"]
 
@@ -18,6 +22,21 @@ _SEQ_LEN = 128
 _PROFILE_TOKENS = 2**14
 _VALID_TOKENS = 1280
 _BATCH_SIZE = 8
+_PROMPTS = 2
+_NEW_TOKENS = 16
+# Of so small a model; the papers' numbers are of models a thousand times as large.
+_DOCUMENTS = 200
+_PLND = {"ffn": 256, "query_key": 24, "value": 24}
+_UNITS = 100
+_EXPERTS = 16
+_FILES = {
+    "lape": "neurons.json",
+    "profile": "profile.safetensors",
+    "matrix": "matrix.json",
+    "sweep": "sweep.jsonl",
+    "experts": "experts.safetensors",
+    "sharing": "sharing.json",
+}
 
 
 def demo(
@@ -26,7 +45,7 @@ def demo(
     ] = Path("demo-output"),
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
-    """Profile a small model of seven languages, find their neurons, and deactivate them.
+    """Run the field's five methods on a small model of seven languages, and report.
 
     The model is trained on this machine, once, in about a minute; nothing is downloaded.
 
@@ -44,8 +63,8 @@ def demo(
 
     import lapefast as lf
     from lapefast.cli.tables import console, show
-    from lapefast.demo import TOP_RATE, load
-    from lapefast.report import draw_matrix, draw_neurons
+    from lapefast.demo import TOP_RATE, load, prompts
+    from lapefast.report import Inputs, write_report
 
     torch.set_num_threads(threads)
     console.print("The demo model: a small Llama of seven languages, trained here once")
@@ -88,9 +107,65 @@ def demo(
     )
     matrix.save(output / "matrix.json")
     show(matrix)
-    draw_neurons(neurons, output / "neurons.png")
-    draw_matrix(matrix, output / "matrix.png")
-    console.print(f"wrote model, corpus, profile, neurons, matrix and figures to {output}")
+
+    sweep = lf.evaluate.sweep(
+        made.model,
+        neurons,
+        profile,
+        prompts(_PROMPTS),
+        made.tokenizer,
+        max_new_tokens=_NEW_TOKENS,
+    )
+    sweep.save(output / "sweep.jsonl")
+    others, experts, sharing = _other_methods(made, valid)
+    for name, found in others.items():
+        found.save(output / f"{name}.neurons.json")
+    experts.save(output / "experts.safetensors")
+    sharing.save(output / "sharing.json")
+
+    report = output / "report.html"
+    write_report(
+        report,
+        Inputs(
+            profile,
+            {"lape": neurons, **others},
+            matrix,
+            sweep.summary(),
+            experts,
+            sharing,
+            _FILES | {name: f"{name}.neurons.json" for name in others},
+        ),
+        figures=output / "figures",
+    )
+    console.print(
+        f"wrote model, corpus, profile, neurons, matrix, sweep, figures and the report to {output};"
+        f" look at {report}"
+    )
+
+
+def _other_methods(made: Demo, texts: dict[str, Path]) -> tuple[dict, Experts, Sharing]:
+    """PLND, average precision, sharing and experts: the neurons by method, and the last two."""
+    import lapefast as lf
+    from lapefast.demo import examples
+
+    model, tokenizer = made.model, made.tokenizer
+    plnd = lf.detect.plnd(
+        model, tokenizer, texts, top=_PLND, seq_len=_SEQ_LEN, max_documents=_DOCUMENTS
+    )
+    precise = lf.detect.average_precision(
+        model, tokenizer, texts, top=_UNITS, bottom=_UNITS, max_documents=_DOCUMENTS
+    )
+    sharing = lf.detect.sharing(model, tokenizer, examples())
+    experts = lf.detect.experts(
+        model, texts, tokenizer, _EXPERTS, seq_len=_SEQ_LEN, max_documents=_DOCUMENTS
+    )
+    sets = {
+        "plnd": plnd,
+        "average-precision": lf.NeuronSets(precise, precise.layout, precise.metadata),
+        "sharing": sharing.neurons,
+        "experts": experts.neuron_sets(only=True),
+    }
+    return sets, experts, sharing
 
 
 def _copy(source: Path, target: Path) -> Path:

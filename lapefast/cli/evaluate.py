@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lapefast.cli import options
-from lapefast.cli.options import check_output, load
+from lapefast.cli.options import check_output
 
 __all__ = ["evaluate"]
 
@@ -28,20 +29,11 @@ def evaluate(
     random_sets: Annotated[
         int, typer.Option(min=1, help="Random sets of equal size per layer to compare with.")
     ] = 5,
-    document: options.Document = "line",
-    field: options.Field = "text",
-    special_tokens: options.SpecialTokens = True,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantization: options.Quantization = None,
+    text: options.TextOptions = options.TEXT,
+    loading: options.ModelOptions = options.LOADING,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = 2**20,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
 ) -> None:
     """Deactivate each label's neurons in turn and measure the perplexity of every label's text.
 
@@ -53,22 +45,9 @@ def evaluate(
     from lapefast.neurons import NeuronSets
 
     corpora = parse_corpus_arguments(corpus)
-    text = {"document": document, "field": field, "special_tokens": special_tokens}
     chosen = None if labels is None else [label.strip() for label in labels.split(",")]
     sets = NeuronSets.load(neurons, chosen)
-    loaded = load(
-        model,
-        corpora,
-        text,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        seed=seed,
-        threads=threads,
-    )
+    loaded = loading.load(model, corpora, text)
     from lapefast.cli.tables import console, show
     from lapefast.evaluate import perplexity_matrix
 
@@ -81,8 +60,8 @@ def evaluate(
         batch_size=batch_size,
         max_tokens=max_tokens,
         random_sets=random_sets,
-        seed=seed,
-        **text,
+        seed=loading.seed,
+        **asdict(text),
     )
     matrix.save(output)
     show(matrix)

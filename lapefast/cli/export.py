@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lapefast.cli import edits, options
-from lapefast.cli.options import check_directory, check_output, load
+from lapefast.cli.options import check_directory, check_output
 from lapefast.errors import InputError
 
 __all__ = ["export"]
@@ -50,14 +50,7 @@ def export(
     activate: edits.Activate = None,
     profile: edits.ProfileFile = None,
     strength: edits.Strength = 1.0,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantization: options.Quantization = None,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
+    loading: options.ModelOptions = options.LOADING,
 ) -> None:
     """Write an edited model: as a checkpoint, as an adapter, or as a file of edits.
 
@@ -71,20 +64,7 @@ def export(
     else:
         check_directory(output)
     edit = edits.build_edit(neurons, labels, profile, deactivate, scale, add, activate, strength)
-    loaded = load(
-        model,
-        None,
-        {},
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        seed=seed,
-        threads=threads,
-        tokenizer=format == "checkpoint",
-    )
+    loaded = loading.load(model, None, tokenizer=format == "checkpoint")
     import lapefast as lf
     from lapefast.cli.tables import console
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lapefast.cli import edits, options
-from lapefast.cli.options import check_output, load
+from lapefast.cli.options import check_output
 from lapefast.errors import InputError
 
 __all__ = ["generate"]
@@ -52,15 +52,8 @@ def generate(
         bool, typer.Option("--sample", help="Draw tokens, instead of the likeliest.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantization: options.Quantization = None,
+    loading: options.ModelOptions = options.LOADING,
     batch_size: options.GenerationBatch = 128,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
 ) -> None:
     """Continue prompts with edited neurons.
 
@@ -73,19 +66,7 @@ def generate(
         raise InputError(f"--temperature must be above 0, got {temperature}")
     texts = _prompts(prompt, prompts)
     edit = edits.build_edit(neurons, labels, profile, deactivate, scale, add, activate, strength)
-    loaded = load(
-        model,
-        None,
-        {},
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        seed=seed,
-        threads=threads,
-    )
+    loaded = loading.load(model, None)
     import torch
 
     from lapefast.cli.tables import console
@@ -96,7 +77,7 @@ def generate(
     ids = [_encoded(tokenizer, text, chat) for text in texts]
 
     def answers(edit: Any) -> list[list[int]]:
-        torch.manual_seed(seed)  # edited and unedited tokens are drawn alike
+        torch.manual_seed(loading.seed)  # edited and unedited tokens are drawn alike
         return continuations(
             loaded.model,
             [(one, edit) for one in ids],

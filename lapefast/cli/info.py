@@ -16,12 +16,10 @@ __all__ = ["info"]
 def info(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", help="A profile, neuron or matrix file.", show_default=False
-        ),
+        typer.Argument(metavar="FILE", help="What another command wrote.", show_default=False),
     ],
 ) -> None:
-    """Say what a profile, neuron or matrix file holds.
+    """Say what a profile, neurons, a matrix or another method's result holds.
 
     Example: `lapefast info my-model.profile.safetensors`
     """
@@ -33,27 +31,54 @@ def info(
 
 
 def _read(path: Path) -> Any:
-    """The Profile, NeuronSets or PerplexityMatrix in a file; its content decides which."""
-    from lapefast import NeuronSets, Profile
+    """What is in a file; its content decides which kind it is."""
+    from lapefast import NeuronSets, Profile, ResidualMeans
+    from lapefast.detect import AveragePrecisionNeurons, Experts, Sharing
     from lapefast.evaluate import PerplexityMatrix
+
+    readers = {
+        "lapefast neurons": NeuronSets.load,
+        "lapefast sharing": Sharing.load,
+        "lapefast profile": Profile.load,
+        "lapefast experts file": Experts.load,
+        "lapefast average-precision file": AveragePrecisionNeurons.load,
+        "lapefast residual means file": ResidualMeans.load,
+        "matrix": PerplexityMatrix.load,
+        "published": NeuronSets.load,
+    }
+    kind = _kind(path)
+    if kind not in readers:
+        what = "is empty" if kind is None else "is not one of lapefast's files"
+        raise InputError(
+            f"{path} {what}; give a profile, neurons, a matrix, or what another method found"
+        )
+    return readers[kind](path)
+
+
+def _kind(path: Path) -> str | None:
+    """What the file says that it is; None for an empty one."""
     from lapefast.files import existing_file
 
     with open(existing_file(path, "file"), "rb") as file:
-        start = file.read(64)
-    if start.lstrip().startswith(b"{"):
-        return PerplexityMatrix.load(path) if _is_matrix(path) else NeuronSets.load(path)
-    # Safetensors begin with the length of a JSON header; a published file is a zip or a pickle.
-    if start[8:9] == b"{":
-        return Profile.load(path)
-    if start.startswith((b"PK", b"\x80")):
-        return NeuronSets.load(path)
-    raise InputError(
-        f"{path} is {'not' if start else 'empty, and so not'} a profile, neuron or matrix file"
-    )
-
-
-def _is_matrix(path: Path) -> bool:
+        start = file.read(9)
+        if not start:
+            return None
+        # A published file is a zip or a pickle.
+        if start.startswith((b"PK", b"\x80")):
+            return "published"
+        # Safetensors begin with the length of a JSON header.
+        sealed = start[8:] == b"{"
+        if not sealed and not start.lstrip().startswith(b"{"):
+            return "something else"
+        file.seek(8 if sealed else 0)
+        # Of a file that is not one, the length may be any.
+        length = int.from_bytes(start[:8], "little") if sealed else -1
+        data = file.read(min(length, path.stat().st_size))
     try:
-        return "nll" in json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
+        content = json.loads(data)
+        if "nll" in content:
+            return "matrix"
+        return str((content["__metadata__"] if sealed else content)["format"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # Cut short or damaged, which the reader of the likeliest kind says best.
+        return "lapefast profile" if sealed else "lapefast neurons"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -138,6 +141,67 @@ GenerationBatch = Annotated[
 
 
 @dataclass(frozen=True)
+class TextOptions:
+    """How text is read, as every command that reads some takes it."""
+
+    document: Document = "line"
+    field: Field = "text"
+    special_tokens: SpecialTokens = True
+
+
+TEXT = TextOptions()
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is loaded, as every command that runs one takes it."""
+
+    dtype: Dtype = "auto"
+    device: Device = None
+    device_map: DeviceMap = None
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    quantization: Quantization = None
+    seed: Seed = 0
+    threads: Threads = None
+
+    def load(
+        self,
+        name: str,
+        corpora: dict[str, str] | None,
+        text: TextOptions = TEXT,
+        tokenizer: bool | None = None,
+    ) -> Loaded:
+        """Load the model of a command, after setting threads and random numbers.
+
+        The tokenizer is loaded as `tokenizer` says; None: unless every corpus is a file of token
+        ids. The corpora are looked at before the model, which may take long to load.
+        """
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from lapefast.corpus import open_corpora
+        from lapefast.engines.transformers import Checkpoint, load_model, load_tokenizer
+
+        transformers_logging.set_verbosity_error()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        checkpoint = Checkpoint(name, self.revision, self.trust_remote_code)
+        if tokenizer is None:
+            ids = (".npy", ".pt", ".pth")
+            tokenizer = not corpora or any(Path(one).suffix not in ids for one in corpora.values())
+        loaded = load_tokenizer(checkpoint) if tokenizer else None
+        if corpora is not None:
+            open_corpora(corpora, loaded, **asdict(text))
+        model = load_model(checkpoint, self.dtype, self.device, self.device_map, self.quantization)
+        return Loaded(model, loaded)
+
+
+LOADING = ModelOptions()
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model ready to run, and the tokenizer that text needs."""
 
@@ -145,45 +209,36 @@ class Loaded:
     tokenizer: Any
 
 
-def load(
-    name: str,
-    corpora: dict[str, str] | None,
-    text: dict[str, Any],
-    *,
-    dtype: str,
-    device: str | None,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    quantization: str | None,
-    seed: int,
-    threads: int | None,
-    tokenizer: bool | None = None,
-) -> Loaded:
-    """Load the model of a command, after setting threads and random numbers.
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with every field of a parameter that is such a dataclass as an option."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            options = [(name, hints[name], parameter.default)]
+        else:
+            groups[name] = hints[name]
+            inner = get_type_hints(hints[name], include_extras=True)
+            options = [(one.name, inner[one.name], one.default) for one in fields(hints[name])]
+        parameters += [
+            inspect.Parameter(
+                option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+            )
+            for option, hint, default in options
+        ]
 
-    The tokenizer is loaded as `tokenizer` says; None: unless every corpus is a file of token ids.
-    The corpora, read by the options `text`, are looked at before the model, which may take long to
-    load.
-    """
-    import torch
-    from transformers.utils import logging as transformers_logging
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{one.name: given.pop(one.name) for one in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
 
-    from lapefast.corpus import open_corpora
-    from lapefast.engines.transformers import Checkpoint, load_model, load_tokenizer
-
-    transformers_logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    checkpoint = Checkpoint(name, revision, trust_remote_code)
-    if tokenizer is None:
-        ids = (".npy", ".pt", ".pth")
-        tokenizer = not corpora or any(Path(one).suffix not in ids for one in corpora.values())
-    loaded = load_tokenizer(checkpoint) if tokenizer else None
-    if corpora is not None:
-        open_corpora(corpora, loaded, **text)
-    return Loaded(load_model(checkpoint, dtype, device, device_map, quantization), loaded)
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def check_output(path: Path) -> None:

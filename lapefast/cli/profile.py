@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from lapefast.cli import options
-from lapefast.cli.options import check_output, load
+from lapefast.cli.options import check_output
 
 __all__ = ["profile"]
 
@@ -16,9 +17,7 @@ def profile(
     model: options.Model,
     corpus: options.Corpora,
     output: options.Output,
-    document: options.Document = "line",
-    field: options.Field = "text",
-    special_tokens: options.SpecialTokens = True,
+    text: options.TextOptions = options.TEXT,
     threshold: Annotated[
         float, typer.Option(help="A neuron is active where its activation is above it.")
     ] = 0.0,
@@ -34,17 +33,10 @@ def profile(
         str | None,
         typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantization: options.Quantization = None,
+    loading: options.ModelOptions = options.LOADING,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = None,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
 ) -> None:
     """Count, for each label's text, how often every neuron of a model is active.
 
@@ -55,20 +47,7 @@ def profile(
 
     check_output(output)
     corpora = parse_corpus_arguments(corpus)
-    text = {"document": document, "field": field, "special_tokens": special_tokens}
-    loaded = load(
-        model,
-        corpora,
-        text,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        seed=seed,
-        threads=threads,
-    )
+    loaded = loading.load(model, corpora, text)
     from lapefast import profile as run
 
     counted = run(
@@ -82,7 +61,7 @@ def profile(
         statistics=[name.strip() for name in statistics.split(",")],
         exact=exact,
         backend=backend,
-        **text,
+        **asdict(text),
     )
     counted.save(output)
     from lapefast.cli.tables import console, show

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lapefast.cli import edits, options
-from lapefast.cli.options import check_output, load
+from lapefast.cli.options import check_output
 from lapefast.errors import InputError
 
 __all__ = ["sweep"]
@@ -84,20 +85,11 @@ def sweep(
             rich_help_panel="DiffMean",
         ),
     ] = None,
-    document: options.Document = "line",
-    field: options.Field = "text",
-    special_tokens: options.SpecialTokens = True,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantization: options.Quantization = None,
+    text: options.TextOptions = options.TEXT,
+    loading: options.ModelOptions = options.LOADING,
     batch_size: options.GenerationBatch = 128,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = 2**20,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
 ) -> None:
     """Steer prompts of each language to each other one, and tell the languages of the answers.
 
@@ -110,7 +102,6 @@ def sweep(
     from lapefast.evaluate.prompts import read_prompts
 
     corpora = parse_corpus_arguments(corpus) if corpus else None
-    text = {"document": document, "field": field, "special_tokens": special_tokens}
     sets = edits.read_neurons(neurons, labels)
     pairs = edits.parse_pairs(pair, "--pair", "SOURCE=TARGET, such as en=zh") or None
     codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
@@ -128,20 +119,7 @@ def sweep(
                 )
     else:
         texts = read_prompts(prompts)
-    loaded = load(
-        model,
-        corpora,
-        text,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        seed=seed,
-        threads=threads,
-        tokenizer=True,
-    )
+    loaded = loading.load(model, corpora, text, tokenizer=True)
     import lapefast as lf
     from lapefast.cli.tables import console, show
 
@@ -153,7 +131,7 @@ def sweep(
             loaded.tokenizer,
             seq_len=seq_len,
             max_tokens=max_tokens,
-            **text,
+            **asdict(text),
         )
     found = lf.evaluate.sweep(
         loaded.model,
@@ -171,7 +149,7 @@ def sweep(
         shift_layers=shift_layer or None,
         languages=codes,
         restrict=not any_language,
-        seed=seed,
+        seed=loading.seed,
     )
     found.save(output)
     show(found)

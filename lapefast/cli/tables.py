@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lapefast.detect import Category, Experts, Sharing
 from lapefast.evaluate import PerplexityMatrix, Sweep
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
@@ -24,16 +26,20 @@ console = Console(
 )
 
 
-def show(content: Profile | NeuronSets | PerplexityMatrix | Sweep) -> None:
-    """Print what was found, as a table."""
-    if isinstance(content, Profile):
-        _show_profile(content)
-    elif isinstance(content, NeuronSets):
-        _show_neurons(content)
-    elif isinstance(content, Sweep):
-        _show_sweep(content)
-    else:
-        _show_matrix(content)
+def show(content: Any) -> None:
+    """Print what was found, as a table; of what has none, what it says of itself."""
+    for kind, shown in (
+        (Profile, _show_profile),
+        (NeuronSets, _show_neurons),
+        (Sweep, _show_sweep),
+        (PerplexityMatrix, _show_matrix),
+        (Sharing, _show_sharing),
+        (Experts, _show_experts),
+    ):
+        if isinstance(content, kind):
+            shown(content)
+            return
+    console.print(repr(content))
 
 
 def _show_profile(profile: Profile) -> None:
@@ -45,13 +51,35 @@ def _show_profile(profile: Profile) -> None:
 
 
 def _show_neurons(neurons: NeuronSets) -> None:
-    console.print("Neurons per layer and label")
-    table = _table("layer", *neurons.labels)
+    # Sites that are linear layers are told by their names: a layer has several.
+    named = any(re.search(r"_?(proj|attn|dense|fc\d)[^.]*$", str(site)) for site in neurons.sites)
+    console.print(f"Neurons per {'site' if named else 'layer'} and label")
+    table = _table("site" if named else "layer", *neurons.labels)
     layers = [[len(layer) for layer in neurons.layers(label)] for label in neurons.labels]
-    for layer in range(len(neurons.sites)):
-        table.add_row(str(layer), *(str(counts[layer]) for counts in layers))
+    for layer, site in enumerate(neurons.sites):
+        counts = [of_label[layer] for of_label in layers]
+        if any(counts) or not named:
+            table.add_row(str(site) if named else str(layer), *map(str, counts))
     table.add_section()
     table.add_row("all", *(str(sum(counts)) for counts in layers), style="bold")
+    console.print(table)
+
+
+def _show_sharing(sharing: Sharing) -> None:
+    console.print("Share of each category of neurons, mean over examples")
+    table = _table("site", *(category.title for category in Category))
+    for site, shares in zip(sharing.sites, sharing.shares.tolist(), strict=True):
+        table.add_row(str(site), *(f"{share:.1%}" for share in shares))
+    console.print(table)
+
+
+def _show_experts(experts: Experts) -> None:
+    console.print("Cosine similarity of the labels' frequencies of experts")
+    order = experts.order()
+    rows = [experts.labels.index(label) for label in order]
+    table = _table("", *order)
+    for label, values in zip(order, experts.similarity()[rows][:, rows].tolist(), strict=True):
+        table.add_row(label, *(f"{value:.2f}" for value in values))
     console.print(table)
 
 

@@ -7,6 +7,7 @@ from lapefast.detect.average_precision import (
     average_precision,
     average_precision_scores,
 )
+from lapefast.detect.experts import Experts, ExpertUse, experts, prune
 from lapefast.detect.lape import lape
 from lapefast.detect.plnd import PLND, plnd, zones
 from lapefast.detect.sharing import Category, Sharing, sharing, sharing_categories
@@ -15,11 +16,15 @@ __all__ = [
     "PLND",
     "AveragePrecisionNeurons",
     "Category",
+    "ExpertUse",
+    "Experts",
     "Sharing",
     "average_precision",
     "average_precision_scores",
+    "experts",
     "lape",
     "plnd",
+    "prune",
     "sharing",
     "sharing_categories",
     "zones",

@@ -2,6 +2,7 @@
 
 from lapefast.evaluate.categories import CategoryDeactivation, category_deactivation
 from lapefast.evaluate.matrix import PerplexityMatrix, perplexity_matrix
+from lapefast.evaluate.pruning import pruning_matrix
 from lapefast.evaluate.sweep import Sweep, sweep
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Sweep",
     "category_deactivation",
     "perplexity_matrix",
+    "pruning_matrix",
     "sweep",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lapefast import __version__
+from lapefast import __version__, display
 from lapefast.corpus import open_corpora
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
@@ -71,6 +71,47 @@ class PerplexityMatrix:
     def random_changes(self) -> Tensor:
         """The same for the random sets: least and largest, float64 [rows - 1, columns, 2]."""
         return self.random_range[1:].exp() - self.perplexity[0, :, None]
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per deactivated label ("none" first) and text.
+
+        Columns: ``deactivated``, ``text``, ``tokens``, ``nll`` (nats per token), ``perplexity``,
+        ``change`` (of perplexity), ``random_nll``, ``random_nll_least``, ``random_nll_largest``.
+        """
+        import pandas
+
+        perplexity = self.perplexity
+        values = torch.stack(
+            [
+                self.nll,
+                perplexity,
+                perplexity - perplexity[0],
+                self.random_nll,
+                *self.random_range.unbind(-1),
+            ],
+            dim=-1,
+        ).tolist()
+        rows = [
+            (deactivated, text, self.tokens[column], *values[row][column])
+            for row, deactivated in enumerate(self.rows)
+            for column, text in enumerate(self.columns)
+        ]
+        names = ["deactivated", "text", "tokens", "nll", "perplexity", "change"]
+        names += ["random_nll", "random_nll_least", "random_nll_largest"]
+        return pandas.DataFrame(rows, columns=names)
+
+    def _repr_html_(self) -> str:
+        changes = self.changes().tolist()
+        most = max((abs(one) for row in changes for one in row), default=0) or 1
+        return display.table(
+            "Change of perplexity of each text (columns) without a label's neurons (rows)",
+            ["", *self.columns],
+            [
+                [label, *(f"{one:+.2f}" for one in row)]
+                for label, row in zip(self.rows[1:], changes, strict=True)
+            ],
+            [[one / most for one in row] for row in changes],
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix as JSON. Raises InputError where the file cannot be written."""

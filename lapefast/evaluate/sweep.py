@@ -11,13 +11,13 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from lapefast import __version__
+from lapefast import __version__, display
 from lapefast.errors import InputError
 from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.evaluate.likelihood import TokenLikelihood
@@ -163,6 +163,27 @@ class Sweep:
             )
             for pair in self.pairs
         ]
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per generation; its columns are `SweepRow`'s."""
+        import pandas
+
+        names = [one.name for one in fields(SweepRow)]
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=names)
+
+    def _repr_html_(self) -> str:
+        shares = {(pair.source, pair.target): pair.edited.share for pair in self.summary()}
+        sources, targets = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
+        rows = [[shares.get((source, target)) for target in targets] for source in sources]
+        return display.table(
+            "Share of answers in the language steered to (columns), by the prompt's (rows)",
+            ["", *targets],
+            [
+                [source, *("" if share is None else f"{share:.0%}" for share in row)]
+                for source, row in zip(sources, rows, strict=True)
+            ],
+            [[share or 0.0 for share in row] for row in rows],
+        )
 
 
 def mean_of_pairs(pairs: Sequence[PairSummary]) -> PairSummary | None:

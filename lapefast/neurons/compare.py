@@ -23,7 +23,8 @@ class Comparison:
     Attributes:
         labels_a, labels_b: labels of either, in their order.
         methods: how the neurons of either were found, where their metadata says so.
-        sizes_a, sizes_b: neurons of each label, int64 [a] and [b].
+        sizes_a, sizes_b: neurons of each label at the sites that both results know, int64 [a] and
+            [b]; elsewhere they can't agree, so they are left out.
         common: neurons that both have, int64 [a, b].
         common_by_site: site -> the same at that site, int64 [a, b].
     """
@@ -75,21 +76,20 @@ class Comparison:
 def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
     """The overlap of two results, such as two methods', or of one with itself, between languages.
 
-    Where one result's sites are FFNs and the other's the linear layers inside of them that are as
-    wide, an output of such a layer counts as the FFN's neuron of its index.
+    Neurons are compared at the sites that both know. Where one result's sites are FFNs and the
+    other's the linear layers inside of them that are as wide, an output of such a layer counts as
+    the FFN's neuron of its index. Where one knows its sites by position only, as a published file
+    does, they are the other's in their order.
 
     Raises:
-        InputError: they are of different models, or one knows its sites by position only.
+        InputError: they are of different models.
     """
     for sets in (sets_a, sets_b):
         if not isinstance(sets, NeuronSets):
             raise InputError(f"compare takes two NeuronSets, got {type(sets).__name__}")
+    if sets_a.layout.positional != sets_b.layout.positional:
+        sets_a, sets_b = _named(sets_a, sets_b.layout), _named(sets_b, sets_a.layout)
     a, b = sets_a.layout, sets_b.layout
-    if a.positional != b.positional:
-        raise InputError(
-            "one result names its sites and the other knows them by position only; call "
-            "bind(model) on the latter first"
-        )
     known = a.fingerprint and b.fingerprint
     if (known and a.fingerprint != b.fingerprint) or any(
         a.widths.get(site, width) != width for site, width in b.widths.items()
@@ -99,9 +99,10 @@ def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
             f"{b.model or 'of the other'}; compare neurons of one model"
         )
     first, second = _aligned(sets_a, b), _aligned(sets_b, a)
-    sites = list(dict.fromkeys((*a.sites, *b.sites)))
+    # FFN sites that one knows by itself and the other by the linear layers inside.
+    sites = _known(sets_a, b) & _known(sets_b, a)
     by_site = {}
-    for site in sites:
+    for site in sorted(sites, key=str):
         found = torch.tensor(
             [
                 [len(_of(one, site) & _of(other, site)) for other in second.values()]
@@ -116,8 +117,8 @@ def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
         sets_a.labels,
         sets_b.labels,
         (sets_a.metadata.get("method"), sets_b.metadata.get("method")),
-        _sizes(first),
-        _sizes(second),
+        _sizes(first, sites),
+        _sizes(second, sites),
         sum(by_site.values(), zeros),
         by_site,
     )
@@ -157,6 +158,31 @@ def _of(members: dict[Key, set[int]], site: Key) -> set[int]:
     return members.get(site, set())
 
 
-def _sizes(members: _Members) -> Tensor:
-    sizes = [sum(map(len, held.values())) for held in members.values()]
+def _known(sets: NeuronSets, other: Layout) -> set[Key]:
+    """The sites of a result, as `_aligned` names them."""
+    return {_ffn_of(site, sets.layout.widths, other) for site in sets.sites}
+
+
+def _named(sets: NeuronSets, other: Layout) -> NeuronSets:
+    """Sets known by position, under the names of another layout that has as many sites."""
+    if not sets.layout.positional:
+        return sets
+    if len(sets.sites) != len(other.sites):
+        raise InputError(
+            f"the neurons are of two models: one has {len(sets.sites)} sites, known by position, "
+            f"and the other {len(other.sites)}; call bind(model) on the former first"
+        )
+    layout = sets.layout.named(other.sites)
+    return NeuronSets(
+        {
+            label: dict(zip(other.sites, neurons.values(), strict=True))
+            for label, neurons in sets.items()
+        },
+        layout,
+        sets.metadata,
+    )
+
+
+def _sizes(members: _Members, sites: set[Key]) -> Tensor:
+    sizes = [sum(len(_of(held, site)) for site in sites) for held in members.values()]
     return torch.tensor(sizes, dtype=torch.int64)

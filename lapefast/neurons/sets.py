@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lapefast import display
 from lapefast.errors import InputError
 from lapefast.neurons import files
 from lapefast.neurons.layout import Key, Layout, sorted_indices
@@ -212,6 +213,31 @@ class NeuronSets(Mapping[str, NeuronSet]):
 
     def __len__(self) -> int:
         return len(self._sets)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per neuron; columns ``label``, ``site``, ``neuron``."""
+        import pandas
+
+        rows = [
+            (label, site, neuron)
+            for label, neurons in self.items()
+            for site, indices in neurons.items()
+            for neuron in indices.tolist()
+        ]
+        return pandas.DataFrame(rows, columns=("label", "site", "neuron"))
+
+    def _repr_html_(self) -> str:
+        counts = [[len(layer) for layer in self.layers(label)] for label in self]
+        most = max((count for row in counts for count in row), default=0) or 1
+        return display.table(
+            "Neurons per label, and per site in model order",
+            ["label", "all", *map(str, range(len(self.sites)))],
+            [
+                [label, str(sum(row)), *map(str, row)]
+                for label, row in zip(self, counts, strict=True)
+            ],
+            [[count / most for count in row] for row in counts],
+        )
 
     def __repr__(self) -> str:
         totals = ", ".join(f"{label!r}: {neurons.total}" for label, neurons in self.items())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lapefast import display
 from lapefast.errors import InputError
 from lapefast.files import existing_file
 from lapefast.models.sites import Site
@@ -222,6 +223,42 @@ class Profile:
             for name, mine in self.statistics.items()
         }
         return Profile(labels, self.site_info, tokens, statistics, self._added_metadata(other))
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per label, site and neuron.
+
+        Columns: ``label``, ``site``, ``neuron`` and the profile's statistics.
+        """
+        import pandas
+
+        parts = []
+        for site in self.site_info:
+            for row, label in enumerate(self.labels):
+                values = {name: of[site.name][row].numpy() for name, of in self.statistics.items()}
+                neurons = range(site.width)
+                parts.append(
+                    pandas.DataFrame(
+                        {"label": label, "site": site.name, "neuron": neurons, **values}
+                    )
+                )
+        return pandas.concat(parts, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        width = sum(site.width for site in self.site_info)
+        header, rows, shades = ["label", "tokens"], [], None
+        for label, count in zip(self.labels, self.tokens.tolist(), strict=True):
+            rows.append([label, f"{count:,}"])
+        if "counts" in self.statistics and all(of.all() for of in self.stack_tokens.values()):
+            header.append("active at a token")
+            means = [
+                sum(float(one.sum()) for one in self.probabilities(label).values()) / width
+                for label in self.labels
+            ]
+            shades = [[mean] for mean in means]
+            rows = [[*row, f"{mean:.1%}"] for row, mean in zip(rows, means, strict=True)]
+        return display.table(
+            f"Profile of {len(self._sites)} sites, {width:,} neurons", header, rows, shades
+        )
 
     def __repr__(self) -> str:
         tokens = ", ".join(

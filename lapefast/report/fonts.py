@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 _DEFAULT = "DejaVu Sans"
 
 
-def drawable(*names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def drawable(*names: Sequence[str], escape: bool = True) -> tuple[list[str], list[list[str]]]:
     """Font families that together draw the names, and the names as they can be drawn.
 
-    A name with a character that no installed font has is written in ASCII, escaped.
+    A name with a character that no installed font has is written in ASCII, escaped, if `escape`.
     """
     families, drawn = [_DEFAULT], _characters(_DEFAULT)
     missing = {character for some in names for name in some for character in name} - drawn
@@ -27,6 +27,8 @@ def drawable(*names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             missing -= _characters(family)
         if not missing:
             break
+    if not escape:
+        missing = set()
     if missing:
         _log.warning("No installed font draws %s; escapes stand for it", "".join(sorted(missing)))
     return families, [[_escaped(name, missing) for name in some] for some in names]

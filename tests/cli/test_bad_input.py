@@ -128,7 +128,7 @@ def test_one_label_only(lapefast, made, tmp_path):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"not a profile", "not a profile, neuron or matrix file"),
+        (b"not a profile", "not one of lapefast's files"),
         (b'{"nll": []}', "not one of lapefast's"),
         (b'{"some": "json"}', "not a neuron file"),
         (b"PK\x03\x04 and no more", "torch-saved"),

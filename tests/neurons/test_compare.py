@@ -79,6 +79,22 @@ def test_outputs_inside_an_ffn_count_as_its_neurons():
         assert found.sizes_a.tolist() == found.sizes_b.tolist() == [4]
 
 
+def test_neurons_are_compared_where_both_look():
+    wider = Layout((*LAYOUT.sites, "other"), {**LAYOUT.widths, "other": 9}, "f")
+    more = NeuronSets({"en": {"layers.0.mlp": [4, 5], "other": [1, 2, 3]}}, wider)
+    found = lf.compare(more, NeuronSets({"en": {"layers.0.mlp": [5]}}, LAYOUT))
+    assert (found.sizes_a.tolist(), found.sizes_b.tolist()) == ([2], [1])
+    assert found.common.tolist() == [[1]]
+
+
+def test_a_published_file_s_sites_are_the_other_s_in_their_order():
+    published = NeuronSets({"en": {0: [4, 5], 1: [7]}}, Layout((0, 1)))
+    named = NeuronSets({"en": {"layers.0.mlp": [5], "layers.1.mlp": [7]}}, LAYOUT)
+    for found in (lf.compare(published, named), lf.compare(named, published)):
+        assert found.common.tolist() == [[2]]
+        assert set(found.common_by_site) == set(LAYOUT.sites)
+
+
 def test_results_of_two_models_are_refused():
     sets = random_sets(0)
     other = NeuronSets({"en": {}}, Layout(LAYOUT.sites, LAYOUT.widths, "g", "another"))
@@ -86,7 +102,7 @@ def test_results_of_two_models_are_refused():
         lf.compare(sets, other)
     with pytest.raises(InputError, match="two models"):
         lf.compare(sets, NeuronSets({"en": {}}, Layout(LAYOUT.sites, {"layers.0.mlp": 17})))
-    with pytest.raises(InputError, match="by position"):
-        lf.compare(sets, NeuronSets({"en": {}}, Layout((0, 1))))
+    with pytest.raises(InputError, match="known by position"):
+        lf.compare(sets, NeuronSets({"en": {}}, Layout((0, 1, 2))))
     with pytest.raises(InputError, match="got dict"):
         lf.compare(sets, {"en": {}})

@@ -1,0 +1,128 @@
+"""`lapefast report`: what was found, as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lapefast.cli import edits, options
+from lapefast.cli.options import check_output
+from lapefast.errors import InputError
+
+if TYPE_CHECKING:
+    from lapefast.neurons import NeuronSets
+
+__all__ = ["report"]
+
+
+def _file(help: str):
+    return typer.Option(metavar="FILE", help=help, show_default=False)
+
+
+def report(
+    output: options.Output,
+    profile: Annotated[Path | None, _file("A profile.")] = None,
+    neurons: Annotated[
+        list[Path] | None, _file("A neuron file. May be repeated; several are compared.")
+    ] = None,
+    matrix: Annotated[Path | None, _file("A matrix of `lapefast evaluate`.")] = None,
+    sweep: Annotated[Path | None, _file("What `lapefast sweep` wrote.")] = None,
+    experts: Annotated[Path | None, _file("Experts and their frequencies.")] = None,
+    sharing: Annotated[Path | None, _file("Categories of shared neurons.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=CODE",
+            help="The language of a sweep's label that is not its code. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Of the page; by default the model's.", show_default=False)
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(help="Said on the page; by default none is.", show_default=False),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where to write each figure as PNG, SVG and CSV too.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show what was found on one HTML page, which needs no other file and no network.
+
+    Example: `lapefast report --profile my-model.profile.safetensors
+    --neurons my-model.neurons.json --matrix matrix.json -o report.html`
+    """
+    check_output(output)
+    if figures is not None:
+        try:
+            figures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {figures}: {error.strerror}; give a directory"
+            ) from error
+        check_output(figures / "figure.png")
+    given = {"profile": profile, "matrix": matrix, "sweep": sweep}
+    given |= {"experts": experts, "sharing": sharing}
+    codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
+    from lapefast import NeuronSets, Profile
+    from lapefast.evaluate import PerplexityMatrix
+    from lapefast.report import Inputs, write_report
+    from lapefast.report.sweep_file import read_sweep
+
+    paths = list(neurons or ())
+    sets = [NeuronSets.load(path) for path in paths]
+    names = _names(paths, sets, [*given])
+    files = {name: path.name for name, path in given.items() if path is not None}
+    files |= {name: path.name for name, path in zip(names, paths, strict=True)}
+    inputs = Inputs(
+        profile=profile and Profile.load(profile),
+        neurons=dict(zip(names, sets, strict=True)),
+        matrix=matrix and PerplexityMatrix.load(matrix),
+        pairs=sweep and read_sweep(sweep, codes),
+        experts=experts and _experts(experts),
+        sharing=sharing and _sharing(sharing),
+        files=files,
+    )
+    written = write_report(output, inputs, title=title, date=date, figures=figures)
+    from lapefast.cli.tables import console
+
+    console.print(f"wrote {output}", highlight=False)
+    if figures is not None:
+        console.print(f"wrote {len(written) - 1} files to {figures}", highlight=False)
+
+
+def _experts(path: Path):
+    from lapefast.detect.experts import Experts
+
+    return Experts.load(path)
+
+
+def _sharing(path: Path):
+    from lapefast.detect import Sharing
+
+    return Sharing.load(path)
+
+
+def _names(paths: Sequence[Path], sets: Sequence[NeuronSets], taken: Sequence[str]) -> list[str]:
+    """What to call each neuron file: by its method, where that tells them apart, or its name."""
+    methods = [
+        str(one.metadata.get("method") or path.name) for path, one in zip(paths, sets, strict=True)
+    ]
+    chosen = methods if len(set(methods)) == len(methods) else [path.name for path in paths]
+    names: list[str] = []
+    for name in chosen:
+        number, distinct = 1, name
+        while distinct in names or distinct in taken:
+            number += 1
+            distinct = f"{name} ({number})"
+        names.append(distinct)
+    return names

@@ -1,0 +1,41 @@
+"""Figures: one family per file, each with its data, drawn for a paper's column."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lapefast.evaluate.matrix import PerplexityMatrix
+from lapefast.neurons import NeuronSets
+from lapefast.report.figures.figure import Figure, Grid, Table
+from lapefast.report.figures.matrix import changes
+from lapefast.report.figures.neurons import counts
+from lapefast.report.figures.style import COLUMN, STYLE, write
+
+__all__ = ["COLUMN", "STYLE", "Figure", "Grid", "Table", "draw_matrix", "draw_neurons", "write"]
+
+
+def draw_matrix(matrix: PerplexityMatrix, path: str | os.PathLike[str]) -> list[Path]:
+    """Draws how the perplexity of each label's text changes without each label's neurons.
+
+    Args:
+        matrix: the measured matrix.
+        path: where to write; its suffix is replaced by .png and .svg.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    return _write(changes(matrix), path)
+
+
+def draw_neurons(neurons: NeuronSets, path: str | os.PathLike[str]) -> list[Path]:
+    """Draws how many neurons each label has in each layer. Arguments as of `draw_matrix`."""
+    return _write(counts(neurons), path)
+
+
+def _write(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
+    drawing = figure.draw(True)
+    return [write(drawing, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]

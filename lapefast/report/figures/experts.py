@@ -1,0 +1,104 @@
+"""Figures of experts: how often each label's tokens choose them, and how alike labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.figure
+import numpy as np
+
+from lapefast.report.figures.cells import draw_cells
+from lapefast.report.figures.figure import Figure, Grid, Table
+from lapefast.report.figures.style import COLUMN, lettering
+
+__all__ = ["frequencies", "similarities"]
+
+_LAYER = 0.05  # inches, and at least _LOWEST per label
+_LOWEST = 0.55
+
+
+def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "experts") -> Figure:
+    """Heat maps of how often each expert is chosen.
+
+    Args:
+        labels: of the first dimension.
+        frequency: [labels, layers, experts], share of the label's tokens that chose an expert.
+        name: of the figure.
+    """
+    layers, experts = frequency.shape[1:]
+    top = float(frequency.max()) or 1.0
+
+    def draw(escape: bool) -> matplotlib.figure.Figure:
+        with lettering(labels, escape=escape) as (drawn,):
+            height = 0.5 + len(labels) * max(_LOWEST, _LAYER * layers)
+            figure = matplotlib.figure.Figure((COLUMN, height), layout="constrained")
+            panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
+            for axes, label, values in zip(panels, drawn, frequency, strict=True):
+                image = axes.imshow(
+                    values,
+                    aspect="auto",
+                    interpolation="none",
+                    cmap="viridis",
+                    vmin=0,
+                    vmax=top,
+                )
+                axes.set_ylabel(label, rotation=0, ha="right", va="center")
+                axes.set_yticks([0, layers - 1] if layers > 1 else [0])
+                axes.tick_params(length=0)
+                axes.spines[:].set_visible(False)
+            panels[-1].set_xlabel("expert (rows: layers)")
+            bar = figure.colorbar(image, ax=list(panels), label="frequency", pad=0.02)
+            bar.outline.set_visible(False)
+        return figure
+
+    rows = [
+        [label, layer, *frequency[row, layer].tolist()]
+        for row, label in enumerate(labels)
+        for layer in range(layers)
+    ]
+    columns = [f"expert {expert}" for expert in range(experts)]
+    grids = [
+        Grid(
+            [f"{label}, layer {layer}" for layer in range(layers)],
+            columns,
+            [f"{value:.4g}" for value in frequency[row].flat],
+        )
+        for row, label in enumerate(labels)
+    ]
+    return Figure(
+        name,
+        "Frequency of experts",
+        "The share of each label's tokens that choose an expert; layers from top to bottom.",
+        Table(["label", "layer", *columns], rows),
+        draw,
+        grids,
+    )
+
+
+def similarities(
+    labels: Sequence[str], values: np.ndarray, title: str, caption: str, name: str
+) -> Figure:
+    """How alike labels are by their experts: [labels, labels], 1 of a label and itself."""
+    texts = [f"{value:.2f}" for value in values.flat]
+    rows = [
+        [a, b, float(values[i, j])]
+        for i, a in enumerate(labels)
+        for j, b in enumerate(labels)
+        if i <= j
+    ]
+
+    def draw(escape: bool) -> matplotlib.figure.Figure:
+        least = min(0.0, float(np.nanmin(values)))
+        return draw_cells(
+            values,
+            texts,
+            labels,
+            labels,
+            {"cmap": "cividis", "vmin": least, "vmax": max(1.0, float(np.nanmax(values)))},
+            ("label", "label", title),
+            escape=escape,
+        )
+
+    table = Table(["label", "other label", title], rows)
+    spoken = [f"{value:.4g}" for value in values.flat]
+    return Figure(name, title, caption, table, draw, [Grid(labels, labels, spoken)])

@@ -1,0 +1,72 @@
+"""How figures look: sized for a paper's column, in colours that every colour vision tells apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unicodedata import east_asian_width
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from lapefast.files import write_atomically
+from lapefast.report.fonts import drawable
+
+__all__ = ["COLOURS", "COLUMN", "HATCHES", "STYLE", "inches", "lettering", "write"]
+
+COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+"""Okabe and Ito's palette, without black: that is the text's."""
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
+STYLE = {
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lapefast",
+    "text.parse_math": False,
+}
+_LONGEST = 16  # characters shown of a label
+_CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
+
+
+@contextmanager
+def lettering(*names: Sequence[str], escape: bool = True) -> Iterator[list[list[str]]]:
+    """The style in which to draw, and the names as they are drawn: long ones are shortened.
+
+    Args:
+        names: the labels that the figure shows.
+        escape: characters that no installed font has are escaped; a browser may have one.
+    """
+    families, drawn = drawable(*names, escape=escape)
+    with matplotlib.rc_context({**STYLE, "font.family": families}):
+        yield [[_shortened(name) for name in some] for some in drawn]
+
+
+def inches(texts: Sequence[str]) -> float:
+    """How wide the longest is; a Chinese character is as wide as two others."""
+    widths = [sum(1 + (east_asian_width(one) in "WF") for one in text) for text in texts]
+    return _CHARACTER * max(widths, default=0)
+
+
+def write(figure: Figure, path: Path) -> Path:
+    """Write the figure as the path's suffix says; the same figure gives the same bytes."""
+    kind = path.suffix[1:]
+    # Without a date the same figure gives the same file.
+    metadata = {"Date": None} if kind == "svg" else None
+    with (
+        write_atomically(path) as temporary,
+        open(temporary, "wb") as file,
+        matplotlib.rc_context(STYLE),
+    ):
+        figure.savefig(file, format=kind, dpi=300, metadata=metadata)
+    return path
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

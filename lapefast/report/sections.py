@@ -1,0 +1,255 @@
+"""The sections of a report: what was given, as tables and figures. What was not given is absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lapefast.detect.lape import criteria
+from lapefast.errors import InputError
+from lapefast.report.commands import commands, public_name
+from lapefast.report.figures import experts as expert_figures
+from lapefast.report.figures import lape as lape_figures
+from lapefast.report.figures import matrix as matrix_figures
+from lapefast.report.figures import neurons as neuron_figures
+from lapefast.report.figures import sharing as sharing_figures
+from lapefast.report.figures import sweep as sweep_figures
+from lapefast.report.figures.figure import Figure, Table
+from lapefast.report.figures.methods import methods
+
+if TYPE_CHECKING:
+    from lapefast.detect import Sharing
+    from lapefast.detect.experts import Experts
+    from lapefast.evaluate.matrix import PerplexityMatrix
+    from lapefast.evaluate.sweep import PairSummary
+    from lapefast.neurons import NeuronSets
+    from lapefast.profiles import Profile
+
+__all__ = ["Inputs", "Section", "sections"]
+
+_RATES = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report is made of; all but something may be left out.
+
+    Attributes:
+        profile: counts of the labels' texts.
+        neurons: name -> neuron sets; several are compared.
+        matrix: the perplexity matrix.
+        pairs: the summary of a sweep.
+        experts: how often each label's tokens choose each.
+        sharing: categories of neurons by how many labels share them.
+        files: what each came from, for the commands: "profile", "matrix" and so on, or a name of
+            `neurons` -> base name.
+    """
+
+    profile: Profile | None = None
+    neurons: Mapping[str, NeuronSets] = field(default_factory=dict)
+    matrix: PerplexityMatrix | None = None
+    pairs: Sequence[PairSummary] | None = None
+    experts: Experts | None = None
+    sharing: Sharing | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def model(self) -> str | None:
+        """The model's name, where one of them knows it."""
+        names = [one.get("model") for one in self.described().values()]
+        names += [one.layout.model for one in self.neurons.values()]
+        return next((public_name(name) for name in names if name), None)
+
+    def described(self) -> dict[str, Mapping[str, Any]]:
+        """Name -> metadata, of those that have some."""
+        known = {"profile": self.profile, **self.neurons, "matrix": self.matrix}
+        known |= {"experts": self.experts, "sharing": self.sharing}
+        return {name: one.metadata for name, one in known.items() if one is not None}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its heading.
+        tables: caption -> table.
+        figures: in order.
+        commands: to copy.
+    """
+
+    title: str
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    figures: Sequence[Figure] = ()
+    commands: Sequence[str] = ()
+
+
+def sections(inputs: Inputs) -> list[Section]:
+    """All sections that the inputs allow.
+
+    Raises:
+        InputError: nothing was given, or what was given is of two models.
+    """
+    _check(inputs)
+    return [section for section in _sections(inputs) if section is not None]
+
+
+def _sections(inputs: Inputs) -> Iterator[Section | None]:
+    yield _measured(inputs)
+    for number, (name, neurons) in enumerate(inputs.neurons.items(), 1):
+        several = len(inputs.neurons) > 1
+        yield _neurons(name, neurons, f"-{number}" if several else "")
+    if len(inputs.neurons) > 1:
+        yield Section("Methods compared", figures=[methods(inputs.neurons)])
+    yield from _distributions(inputs)
+    if inputs.matrix is not None:
+        yield Section("Perplexity", figures=[matrix_figures.changes(inputs.matrix)])
+    if inputs.pairs:
+        drawn = [sweep_figures.rates(inputs.pairs), sweep_figures.kinds(inputs.pairs)]
+        yield Section("Steering", figures=[one for one in drawn if one is not None])
+    if inputs.experts is not None:
+        yield _experts(inputs.experts)
+    if inputs.sharing is not None:
+        yield _sharing(inputs.sharing)
+
+
+def _measured(inputs: Inputs) -> Section:
+    tables = {}
+    profile = inputs.profile
+    if profile is not None:
+        corpora = profile.metadata.get("corpora", ())
+        tokens = dict(zip(profile.labels, profile.tokens.tolist(), strict=True))
+        tables["Texts"] = Table(
+            ["label", "tokens", "corpora"],
+            [
+                [
+                    label,
+                    count,
+                    ", ".join(
+                        dict.fromkeys(
+                            public_name(one["source"])
+                            for one in corpora
+                            if one["label"] == label and one["source"] is not None
+                        )
+                    ),
+                ]
+                for label, count in tokens.items()
+            ],
+        )
+    settings = [
+        [name, setting, _brief(value)]
+        for name, metadata in inputs.described().items()
+        for setting, value in _flat(metadata)
+        if setting not in ("corpora", "notes") and value is not None
+    ]
+    settings += [
+        [name, "note", str(note)]
+        for name, metadata in inputs.described().items()
+        for note in metadata.get("notes") or ()
+    ]
+    if settings:
+        tables["Settings and versions"] = Table(["of", "setting", "value"], settings)
+    return Section("What was measured", tables, commands=commands(inputs.described(), inputs.files))
+
+
+def _neurons(name: str, neurons: NeuronSets, suffix: str) -> Section:
+    figures = [
+        neuron_figures.counts(neurons, f"neurons{suffix}"),
+        neuron_figures.overlap(neurons, f"overlap{suffix}"),
+        neuron_figures.intersections(neurons, f"intersections{suffix}"),
+    ]
+    return Section(f"Neurons: {name}" if suffix else "Neurons", figures=figures)
+
+
+def _distributions(inputs: Inputs) -> Iterator[Section]:
+    """What LAPE cut, of each neuron file that it made; its published constants without any."""
+    profile = inputs.profile
+    if profile is None or "counts" not in profile.statistics or len(profile.labels) < 2:
+        return
+    made = {
+        name: one.metadata.get("parameters")
+        for name, one in inputs.neurons.items()
+        if one.metadata.get("method") == "lape"
+    }
+    by = "LAPE" if made else "LAPE, with its published constants"
+    for number, (name, parameters) in enumerate((made or {"": {}}).items(), 1):
+        if not isinstance(parameters, dict):
+            raise InputError(f"the neurons {name} lack LAPE's parameters; identify them again")
+        several = len(made) > 1
+        found = criteria(profile, **{key: parameters[key] for key in _RATES if key in parameters})
+        suffix = f"-{number}" if several else ""
+        yield Section(
+            f"Distributions and thresholds of {by}" + (f": {name}" if several else ""),
+            figures=[
+                lape_figures.entropies(found, f"entropy{suffix}"),
+                lape_figures.probabilities(found, f"probability{suffix}"),
+            ],
+        )
+
+
+def _experts(experts: Experts) -> Section:
+    # Labels whose experts are alike stand together.
+    order = experts.order()
+    rows = [experts.labels.index(label) for label in order]
+    similarity, jaccard = (
+        one.numpy()[rows][:, rows] for one in (experts.similarity(), experts.jaccard())
+    )
+    figures = [
+        expert_figures.frequencies(order, experts.frequency.numpy()[rows]),
+        expert_figures.similarities(
+            order,
+            similarity,
+            "Similarity of labels",
+            "Cosine similarity of two labels' frequencies of experts; similar labels stand "
+            "together.",
+            "experts-similarity",
+        ),
+        expert_figures.similarities(
+            order,
+            jaccard,
+            "Jaccard index of experts",
+            "Experts that two labels choose most often: the shared ones as a share of all that "
+            "either chooses most often.",
+            "experts-jaccard",
+        ),
+    ]
+    return Section("Experts", figures=figures)
+
+
+def _sharing(sharing: Sharing) -> Section:
+    from lapefast.detect import Category
+
+    least, largest = sharing.share_range.unbind(-1)
+    names = [category.title for category in Category]
+    values = [one.numpy().T for one in (sharing.shares, least, largest)]
+    return Section("Sharing", figures=[sharing_figures.categories(names, *values)])
+
+
+def _check(inputs: Inputs) -> None:
+    given = (inputs.profile, inputs.matrix, inputs.pairs, inputs.experts, inputs.sharing)
+    if not inputs.neurons and all(one is None for one in given):
+        raise InputError("a report needs something to report; give a profile or neurons, say")
+    prints = {name: one.get("fingerprint") for name, one in inputs.described().items()}
+    prints |= {name: one.fingerprint for name, one in inputs.neurons.items()}
+    known = {name: value for name, value in prints.items() if value}
+    for name, value in known.items():
+        first, other = next(iter(known.items()))
+        if value != other:
+            raise InputError(
+                f"a report is of one model, but {first} and {name} are of two (their fingerprints "
+                "differ); make one report for each"
+            )
+
+
+def _flat(metadata: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings within settings by the names of both."""
+    for key, value in metadata.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{key}: ")
+        else:
+            yield f"{before}{key}", value
+
+
+def _brief(value: Any) -> str:
+    return public_name(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

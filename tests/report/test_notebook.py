@@ -1,0 +1,120 @@
+"""How results show themselves in a notebook, and as data frames."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+from report_inputs import LABELS, LAYERS, WIDTH
+
+from lapefast import display
+from lapefast.evaluate.sweep import Sweep, SweepRow
+from lapefast.profiles import Profile
+
+
+def cells(page: str) -> list[list[str]]:
+    rows = re.findall("<tr>(.*?)</tr>", page)
+    return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    rows = [
+        SweepRow("en", target, kind, None, "p", "t", [1, 2], language, 0.5)
+        for target, kind, language in [(None, "unedited", "en"), ("fr", "edited", "fr")]
+    ]
+    return Sweep(
+        [("en", "fr")], rows, {("en", "fr"): 0}, {"en": "en", "fr": "fr"}, {"random_sets": 0}
+    )
+
+
+def test_a_profile_becomes_a_row_per_label_site_and_neuron(profile):
+    frame = profile.to_pandas()
+    assert list(frame.columns) == ["label", "site", "neuron", "counts"]
+    assert len(frame) == len(LABELS) * LAYERS * WIDTH
+    for label, site, neuron, count in frame.itertuples(index=False):
+        assert count == profile.counts[site][profile.labels.index(label), neuron]
+
+
+def test_neuron_sets_become_a_row_per_neuron(neurons):
+    frame = neurons.to_pandas()
+    assert list(frame.itertuples(index=False, name=None)) == [
+        (label, site, neuron)
+        for label in neurons
+        for site in neurons.sites
+        for neuron in neurons[label][site].tolist()
+    ]
+
+
+def test_a_matrix_becomes_a_row_per_deactivated_label_and_text(matrix):
+    frame = matrix.to_pandas().set_index(["deactivated", "text"])
+    row = frame.loc[LABELS[1], LABELS[2]]
+    assert row["nll"] == matrix.nll[2, 2]
+    assert row["change"] == matrix.changes()[1, 2]
+    assert row["random_nll_least"] == matrix.random_range[2, 2, 0]
+    assert frame.loc["none", LABELS[0]]["change"] == 0
+
+
+def test_a_sweep_becomes_a_row_per_generation(sweep):
+    frame = sweep.to_pandas()
+    assert list(frame["text"]) == ["t", "t"]
+    assert list(frame.columns) == list(asdict(sweep.rows[0]))
+
+
+def test_a_profile_shows_how_active_each_label_is(profile):
+    shown = cells(profile._repr_html_())
+    assert shown[0] == ["label", "tokens", "active at a token"]
+    total = sum(int(profile.counts[site][0].sum()) for site in profile.sites)
+    assert shown[1] == ["en", "1,000", f"{total / (1000 * LAYERS * WIDTH):.1%}"]
+
+
+def test_a_profile_without_counts_or_tokens_shows_its_labels(profile):
+    tokens = {"decoder": profile.tokens * 0}
+    empty = Profile(LABELS, profile.site_info, tokens, {})
+    assert cells(empty._repr_html_())[:2] == [["label", "tokens"], ["en", "0"]]
+
+
+def test_neuron_sets_show_how_many_lie_where(neurons):
+    shown = cells(neurons._repr_html_())
+    layers = [len(one) for one in neurons.layers("en")]
+    assert shown[1] == ["en", str(sum(layers)), *map(str, layers)]
+
+
+def test_a_matrix_shows_changes_shaded_by_their_sign(matrix):
+    page = matrix._repr_html_()
+    assert cells(page)[1][1:] == [f"{one:+.2f}" for one in matrix.changes()[0].tolist()]
+    assert page.count("rgba(230,159,0") == int((matrix.changes() < 0).sum()) > 0
+
+
+def test_a_sweep_shows_its_rates(sweep):
+    assert cells(sweep._repr_html_()) == [["", "fr"], ["en", "100%"]]
+
+
+def test_a_label_is_text_in_a_notebook(profile, neurons, matrix):
+    for one in (profile, neurons, matrix):
+        assert "<script" not in one._repr_html_()
+        assert "&lt;script&gt;" in one._repr_html_()
+
+
+def test_the_strongest_shade_is_the_largest_value():
+    page = display.table("c", ["h"], [["0"], ["1"], ["-2"]], [[0.0], [1.0], [-2.0]])
+    assert re.findall(r"rgba\((.*?)\)", page) == [
+        "0,114,178,0.00",
+        "0,114,178,0.60",
+        "230,159,0,0.60",
+    ]
+
+
+def test_showing_loads_neither_pandas_nor_matplotlib():
+    code = (
+        "import sys, torch\n"
+        "from lapefast.neurons import NeuronSets\n"
+        "from lapefast.neurons.layout import Layout\n"
+        "assert '<table' in NeuronSets({'en': {'a': [1]}}, Layout(('a',)))._repr_html_()\n"
+        "assert not {'pandas', 'matplotlib', 'lapefast.report'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

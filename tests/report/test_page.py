@@ -1,0 +1,202 @@
+"""The page as text: what is on it, that all text is text, and that it needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from report_inputs import LABELS
+
+from lapefast.detect import Sharing
+from lapefast.detect.experts import Experts
+from lapefast.errors import InputError
+from lapefast.neurons import NeuronSets
+from lapefast.report import Inputs, write_report
+
+SCRIPT = LABELS[3]
+
+
+@pytest.fixture
+def inputs(profile, neurons, matrix, pairs) -> Inputs:
+    generator = torch.Generator().manual_seed(2)
+    experts = Experts(
+        LABELS,
+        {site: torch.arange(40) % 8 for site in profile.sites},
+        torch.randint(0, 100, (4, 3, 8), generator=generator),
+        torch.full((4, 3), 100),
+    )
+    counts = torch.randint(0, 14, (5, 3, 4), generator=generator)
+    counts[..., 3] = 40 - counts[..., :3].sum(-1)
+    sharing = Sharing(
+        LABELS,
+        counts,
+        [0.0],
+        counts.sum(0)[None],
+        neurons,
+        NeuronSets({}, neurons.layout),
+        None,
+        None,
+    )
+    other = NeuronSets({LABELS[0]: neurons[LABELS[1]]}, neurons.layout, {"method": "plnd"})
+    return Inputs(
+        profile,
+        {"lape": neurons, "plnd": other},
+        matrix,
+        pairs,
+        experts,
+        sharing,
+        {"profile": "p.safetensors", "lape": "n.json", "matrix": "m.json"},
+    )
+
+
+@pytest.fixture
+def page(inputs, tmp_path) -> str:
+    write_report(tmp_path / "report.html", inputs)
+    return (tmp_path / "report.html").read_text("utf-8")
+
+
+def headings(page: str) -> list[str]:
+    return re.findall("<h2><bdi>(.*?)</bdi></h2>", page)
+
+
+def test_every_input_has_its_section(page):
+    assert headings(page) == [
+        "What was measured",
+        "Neurons: lape",
+        "Neurons: plnd",
+        "Methods compared",
+        "Distributions and thresholds of LAPE",
+        "Perplexity",
+        "Steering",
+        "Experts",
+        "Sharing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [
+        ("profile", ["Distributions and thresholds of LAPE, with its published constants"]),
+        ("matrix", ["Perplexity"]),
+        ("pairs", ["Steering"]),
+        ("experts", ["Experts"]),
+        ("sharing", ["Sharing"]),
+    ],
+)
+def test_what_was_not_given_is_absent(inputs, tmp_path, kept, found):
+    write_report(tmp_path / "report.html", Inputs(**{kept: getattr(inputs, kept)}))
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert headings(page) == ["What was measured", *found]
+
+
+def test_the_same_inputs_give_the_same_bytes_and_a_date_only_where_given(inputs, tmp_path):
+    for name in ("a", "b"):
+        write_report(tmp_path / name, inputs)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    write_report(tmp_path / "dated", inputs, date="2025-01-31")
+    dated = (tmp_path / "dated").read_text("utf-8")
+    assert dated.replace(", <bdi>2025-01-31</bdi>", "") == (tmp_path / "a").read_text("utf-8")
+
+
+def test_nothing_is_fetched(page):
+    assert not re.search(r"(src|href|action)\s*=\s*[\"']?\s*(https?:)?//", page)
+    assert not re.search(r"(url\(|@import)\s*[\"']?\s*(https?:)?//", page)
+    assert set(re.findall(r'href="([^#"][^"]{0,15})', page)) <= {"data:,", "data:image/png;b"}
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_the_one_script_that_runs_is_the_one_allowed(page):
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+
+
+def test_a_label_is_text_wherever_it_stands(inputs, tmp_path):
+    hostile = replace(inputs, neurons={SCRIPT: inputs.neurons["lape"]})
+    write_report(tmp_path / "report.html", hostile, title=SCRIPT, date=SCRIPT)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<script>alert" not in page
+    assert f"<bdi>{html.escape(SCRIPT)}</bdi></td>" in page
+    assert page.count("<script") == page.count("</script>") == 1 + page.count("<figure")
+    grids = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert any(SCRIPT in str(json.loads(one)) for one in grids)
+
+
+def test_no_two_elements_have_one_id_and_every_reference_is_met(page):
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_every_figure_has_a_caption_a_description_and_its_data(page):
+    figures = re.findall("<figure.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 16
+    for figure in figures:
+        (svg,) = re.findall("<svg.*?</svg>", figure, re.DOTALL)
+        root = ElementTree.fromstring(svg)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label")) > 40
+        assert len(re.findall("<figcaption>[^<]{40,}</figcaption>", figure)) == 1
+        assert "<details>" in figure
+        assert "<table>" in figure
+
+
+def test_text_and_axes_take_the_pages_colour(page):
+    svgs = "".join(re.findall("<svg.*?</svg>", page, re.DOTALL))
+    assert "#000000" not in svgs
+    assert "stroke: currentColor" in svgs
+
+
+def test_a_label_keeps_its_script_where_this_machine_has_no_font(page):
+    svgs = "".join(re.findall("<svg.*?</svg>", page, re.DOTALL))
+    assert "中文" in svgs
+    assert "\\u4e2d" not in svgs
+
+
+def test_files_and_models_are_named_without_their_directories(inputs, tmp_path):
+    inputs.profile.metadata["model"] = "/home/me/models/tiny"
+    write_report(tmp_path / "report.html", inputs)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "0.txt" in page
+    assert "<title>Language-specific neurons of tiny</title>" in page
+    assert "/home/me" not in page
+
+
+def test_commands_are_those_that_the_settings_tell(page):
+    (commands,) = re.findall('<pre dir="ltr">(.*?)</pre>', page, re.DOTALL)
+    profile, identify, evaluate = html.unescape(commands).splitlines()
+    assert profile.startswith("lapefast profile some/model --corpus=en=0.txt ")
+    assert f"'--corpus={SCRIPT}=3.txt' --threshold=0.0 -o p.safetensors" in profile
+    rates = "--top-rate=0.2 --filter-rate=0.5 --activation-bar-ratio=0.6 --form=paper"
+    assert identify == f"lapefast identify p.safetensors {rates} -o n.json"
+    assert evaluate == "lapefast evaluate MODEL --neurons n.json -o m.json"
+
+
+def test_figures_are_written_beside_the_page(inputs, tmp_path):
+    written = write_report(
+        tmp_path / "r.html", Inputs(matrix=inputs.matrix), figures=tmp_path / "f"
+    )
+    assert written[0] == tmp_path / "r.html"
+    assert {path.name for path in written[1:]} == {"matrix.png", "matrix.svg", "matrix.csv"}
+    assert all(path.stat().st_size for path in written)
+
+
+def test_nothing_to_report_is_refused(tmp_path):
+    with pytest.raises(InputError, match="give a profile or neurons"):
+        write_report(tmp_path / "report.html", Inputs())
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_of_two_models_are_refused(inputs, tmp_path):
+    inputs.matrix.metadata["fingerprint"] = "0" * 64
+    with pytest.raises(InputError, match="profile and matrix are of two"):
+        write_report(tmp_path / "report.html", inputs)
