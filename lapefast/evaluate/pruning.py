@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lapefast import __version__
-from lapefast.detect.experts.result import Experts
 from lapefast.detect.experts.pruning import pruned_experts, random_experts_like
+from lapefast.detect.experts.result import Experts
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.matrix import PerplexityMatrix
