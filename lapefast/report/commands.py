@@ -11,6 +11,13 @@ __all__ = ["commands", "public_name"]
 
 _PROFILE = ("seq_len", "batch_size", "threshold", "dtype", "threads")
 _MATRIX = ("batch_size", "max_tokens", "dtype", "random_sets", "seed", "threads")
+# Options of `lapefast identify` by method, by the names of the parameters.
+_METHODS = {
+    "plnd": ("form",),
+    "average-precision": ("top", "bottom"),
+    "sharing": ("form", "threshold", "values"),
+    "experts": ("experts", "share", "seed"),
+}
 _IDENTIFY = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
 
 
@@ -38,6 +45,10 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
         elif metadata.get("method") == "lape" and "profile" in files:
             options = _options(metadata.get("parameters") or {}, _IDENTIFY)
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
+        elif metadata.get("method") in _METHODS and name not in ("experts", "sharing"):
+            lines.append(["identify", *_method(metadata), "-o", files[name]])
+            if metadata["method"] in files:  # what else it measured
+                lines[-1] += ["--details", files[metadata["method"]]]
         elif name == "matrix":
             neurons = next((files[one] for one in described if _is_sets(one, files)), "NEURONS")
             texts = [f"--corpus={label}=SOURCE" for label in metadata.get("seq_len", ())]
@@ -47,6 +58,11 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
             lines.append(
                 ["evaluate", model, "--neurons", neurons, *texts, *options, "-o", files[name]]
             )
+    if "sweep" in files and "profile" in files:
+        neurons = next((files[one] for one in described if _is_sets(one, files)), "NEURONS")
+        model = next((one["model"] for one in described.values() if one.get("model")), "MODEL")
+        given = ["--neurons", neurons, "--profile", files["profile"]]
+        lines.append(["sweep", public_name(model), *given, "-o", files["sweep"]])
     return [shlex.join(["lapefast", *line]) for line in lines]
 
 
@@ -56,6 +72,34 @@ def public_name(name: str) -> str:
         if kind(name).is_absolute():
             return kind(name).name
     return name
+
+
+def _method(metadata: Mapping[str, Any]) -> list[str]:
+    """The model and the options of a method that runs one."""
+    method, parameters = metadata["method"], dict(metadata.get("parameters") or {})
+    options = [f"--method={method}"]
+    options += [
+        f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}"
+        for one in metadata.get("corpora", ())
+    ]
+    if method == "plnd":
+        options.append(f"--kinds={','.join(parameters.pop('kinds', ()))}")
+        top = parameters.pop("top", None) or {}
+        options += [
+            f"--top-{option}={count}"
+            for option, kinds in (("ffn", {"ffn"}), ("attention", {"query_key", "value"}))
+            for count in sorted({top[kind] for kind in kinds & top.keys()})
+        ]
+        for threshold in sorted({*(parameters.pop("threshold", None) or {}).values()}):
+            options.append(f"--score-threshold={threshold}")
+    if method == "sharing":
+        options.append("--examples=EXAMPLES")
+    options += _options(parameters, _METHODS[method])
+    return [
+        public_name(metadata.get("model") or "MODEL"),
+        *options,
+        *_options(metadata, ("seq_len", "batch_size", "dtype", "threads")),
+    ]
 
 
 def _is_sets(name: str, files: Mapping[str, str]) -> bool:

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lapefast import __version__
 from lapefast.detect.average_precision.scores import (
     average_precision_scores,
     class_precision_scores,
 )
 from lapefast.detect.average_precision.text_means import linear_widths, text_means
 from lapefast.errors import InputError
-from lapefast.models import bare_model, fingerprint
 from lapefast.neurons import Layout, NeuronSets
+from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentPass
 from lapefast.sealed import SealedFile
 
@@ -254,8 +253,8 @@ def average_precision(
         chosen = np.stack([_extremes(row, top, bottom) for row in scores.numpy()])
         medians = np.stack([means.medians(index, row) for index, row in enumerate(chosen)])
 
-    about = text.metadata()
-    for corpus in about["corpora"]:
+    read, about = text.metadata(), about_run(model, tokenizer)
+    for corpus in read["corpora"]:
         if corpus["longer"]:
             notes.append(
                 f"label {corpus['label']!r}: {corpus['longer']} of {corpus['documents']} texts "
@@ -263,10 +262,9 @@ def average_precision(
             )
     for note in notes:
         logger.warning("average precision: %s", note)
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return AveragePrecisionNeurons(
         text.labels,
-        Layout(tuple(widths), widths, fingerprint(model), name),
+        Layout(tuple(widths), widths, about["fingerprint"], about["model"]),
         scores,
         torch.from_numpy(chosen),
         torch.from_numpy(medians),
@@ -275,13 +273,8 @@ def average_precision(
             "method": "average-precision",
             "parameters": {"top": top, "bottom": bottom},
             "notes": notes,
-            "model": name,
-            "dtype": str(bare_model(model).dtype).removeprefix("torch."),
-            "tokenizer": getattr(tokenizer, "name_or_path", None),
             **about,
-            "threads": torch.get_num_threads(),
-            "lapefast": __version__,
-            "torch": torch.__version__,
+            **read,
         },
     )
 

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lapefast import __version__
 from lapefast.detect.experts.result import Experts
 from lapefast.detect.experts.splitting import split_ffns
 from lapefast.detect.experts.use import ExpertUse, Form, check_choice
-from lapefast.models import fingerprint
 from lapefast.models.bare import bare_model, evaluating, headless, is_encoder_decoder
+from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentPass
 
 __all__ = ["experts"]
@@ -84,19 +83,13 @@ def experts(
                 decoder_mask = batch.mask if is_encoder_decoder(bare) else None
                 use.set(label=label, mask=batch.mask, decoder_mask=decoder_mask)
                 bare(**batch.inputs)
-    config = getattr(model, "config", None)
     metadata = {
-        "model": getattr(config, "_name_or_path", None) or None,
-        "fingerprint": fingerprint(model),
-        "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": getattr(tokenizer, "name_or_path", None),
+        "method": "experts",
         "experts": use.chosen.shape[2],
         "share": share,
         "form": form,
         "seed": seed,
+        **about_run(model, tokenizer),
         **documents.metadata(),
-        "threads": torch.get_num_threads(),
-        "lapefast": __version__,
-        "torch": torch.__version__,
     }
     return Experts(documents.labels, clusters, use.chosen, use.tokens, metadata)

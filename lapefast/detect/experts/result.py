@@ -220,7 +220,8 @@ class Experts:
         """The metadata of neuron sets that were made of these experts."""
         known = ("experts", "share", "form", "seed")
         own = {name: self.metadata[name] for name in known if name in self.metadata}
-        return {"method": "experts", "parameters": {**own, **parameters}, "notes": []}
+        rest = {name: value for name, value in self.metadata.items() if name not in known}
+        return {**rest, "method": "experts", "parameters": {**own, **parameters}, "notes": []}
 
     def to_pandas(self) -> pandas.DataFrame:
         """A row per label, layer and expert: label, layer, expert, frequency.

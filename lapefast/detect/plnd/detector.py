@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lapefast.detect.plnd.scores import KINDS, DocumentScores, Form, Kind, Unit
 from lapefast.errors import InputError
-from lapefast.models import fingerprint, known_sites
+from lapefast.models import known_sites
 from lapefast.models.attention import Projections
-from lapefast.models.bare import bare_model, evaluating, headless, text_config, unwrap
+from lapefast.models.bare import bare_model, evaluating, headless, text_config
 from lapefast.neurons import Layout, NeuronSets
+from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentBatch, DocumentPass
 
 __all__ = ["PLND", "plnd"]
@@ -167,7 +168,7 @@ def plnd(
     widths = known_sites(model, named)
     if "ffn" not in kinds:
         widths = {site: width for site, width in widths.items() if site in named}
-    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None) or None
+    about = about_run(model, tokenizer)
     return PLND(
         {
             label: _by_site(
@@ -177,13 +178,13 @@ def plnd(
         },
         {label: _by_site(masks, projections) for label, masks in common.items()},
         means,
-        Layout(tuple(widths), widths, fingerprint(model), name),
+        Layout(tuple(widths), widths, about["fingerprint"], about["model"]),
         {
             "method": "plnd",
             "parameters": {"form": form, "kinds": list(kinds), **select.parameters},
             "notes": select.notes,
             "failed": failed,
-            "tokenizer": getattr(tokenizer, "name_or_path", None),
+            **about,
             **text.metadata(),
         },
     )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lapefast import __version__
 from lapefast.detect.sharing.categories import Category, count_categories, sharing_categories
 from lapefast.detect.sharing.examples import Examples, ParallelExamples, read_examples
 from lapefast.detect.sharing.last_tokens import reading_last_tokens
@@ -23,6 +22,7 @@ from lapefast.models.bare import bare_model, is_encoder_decoder, unwrap
 from lapefast.models.linears import out_features
 from lapefast.models.structure import FFN, find_ffns
 from lapefast.neurons import Layout, NeuronSets
+from lapefast.profiling.about import about_run
 from lapefast.profiling.batches import fitting_batch_size
 from lapefast.steering.linear import dense_weight
 
@@ -130,16 +130,10 @@ def sharing(
             "form": form,
         },
         "notes": notes,
-        "model": layout.model,
-        "fingerprint": layout.fingerprint,
-        "dtype": str(unwrap(model).dtype).removeprefix("torch."),
-        "tokenizer": getattr(tokenizer, "name_or_path", None),
+        **about_run(model, tokenizer),
         "examples": len(parallel.examples),
         "dropped": parallel.dropped,
         "batch_size": batch_size,
-        "threads": torch.get_num_threads(),
-        "lapefast": __version__,
-        "torch": torch.__version__,
     }
 
     def sets(names: Sequence[str], kept: str) -> NeuronSets:
