@@ -233,9 +233,13 @@ def average_precision(material: Material, chosen: AveragePrecisionOptions) -> Fo
     from lapefast.detect import average_precision as run
 
     loaded = material.load("average precision")
-    reading = material.reading()
-    reading["seq_len"] = reading["seq_len"] or 256
-    found = run(loaded.model, loaded.tokenizer, material.corpora, **asdict(chosen), **reading)
+    found = run(
+        loaded.model,
+        loaded.tokenizer,
+        material.corpora,
+        **asdict(chosen),
+        **material.reading(),
+    )
     return found, found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,6 @@ _SEPARATE = (
     ("q", "k", "v"),
     ("q_lin", "k_lin", "v_lin"),
 )
-# One projection that makes all three: one after the other, or head by head.
-_STACKED = ("qkv_proj", "c_attn", "Wqkv", "qkv")
-_BY_HEAD = ("query_key_value",)
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,8 @@ def watching_attention(model: nn.Module, see: Callable[[AttentionCall], None]) -
     """Within it, ``see`` is called after every self-attention of ``model``; nothing is changed.
 
     That is where transformers dispatches attention: the functions that it looks up by the name of
-    an implementation are watched, and pass through for every other model.
+    an implementation are watched, and pass through for every other model. Several models may be
+    watched at once, also by threads, and end in any order.
 
     Raises:
         InputError: while the model runs, where an attention can't be read.
@@ -99,29 +98,75 @@ def watching_attention(model: nn.Module, see: Callable[[AttentionCall], None]) -
     paths = {module: path for path, module in named_modules(bare)}
     configs = [getattr(module, "config", None) for module in (bare, *paths)]
     names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
-    functions = AttentionInterface._global_mapping
-    held = {name: functions.get(name) for name in names}
-
-    def watched(name: str):
-        def attention(module: nn.Module, query, key, value, mask=None, *args: Any, **options: Any):
-            function = held[name] or sys.modules[type(module).__module__].eager_attention_forward
-            result = function(module, query, key, value, mask, *args, **options)
-            if module in paths and query.shape[2] == key.shape[2]:
-                see(_call(paths[module], module, query, key, value, mask, options, result[0]))
-            return result
-
-        return attention
-
-    for name in names:
-        functions[name] = watched(name)
+    watcher = _Watcher(paths, see)
+    with _LOCK:
+        _WATCHERS.append(watcher)
+        for name in names:
+            _watch(name)
     try:
         yield
     finally:
-        for name, function in held.items():
-            if function is None:
-                functions.pop(name, None)
-            else:
-                functions[name] = function
+        with _LOCK:
+            _WATCHERS.remove(watcher)
+            for name in names:
+                _unwatch(name)
+
+
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    paths: dict[nn.Module, str]
+    see: Callable[[AttentionCall], None]
+
+
+_LOCK = threading.Lock()
+_WATCHERS: list[_Watcher] = []
+_WATCHED: dict[str, tuple[Callable, Callable | None, int]] = {}
+"""Implementation -> what is in its place, what was there before, and how often it is watched."""
+
+
+def _watch(name: str) -> None:
+    functions = AttentionInterface._global_mapping
+    placed, before, times = _WATCHED.get(name, (None, functions.get(name), 0))
+    if placed is None:
+        placed = functions[name] = functools.partial(_watched, before)
+    _WATCHED[name] = placed, before, times + 1
+
+
+def _unwatch(name: str) -> None:
+    placed, before, times = _WATCHED.pop(name)
+    functions = AttentionInterface._global_mapping
+    if times > 1:
+        _WATCHED[name] = placed, before, times - 1
+    elif functions.get(name) is placed:  # or somebody has registered another since
+        if before is None:
+            del functions[name]
+        else:
+            functions[name] = before
+
+
+def _watched(
+    before: Callable | None, module: nn.Module, query, key, value, mask=None, *args, **options
+):
+    function = before or _eager_of(module)
+    result = function(module, query, key, value, mask, *args, **options)
+    if query.shape[2] == key.shape[2]:
+        for watcher in tuple(_WATCHERS):
+            path = watcher.paths.get(module)
+            if path is not None:
+                watcher.see(_call(path, module, query, key, value, mask, options, result[0]))
+    return result
+
+
+def _eager_of(module: nn.Module) -> Callable:
+    """The function that a family's own file has for an attention that is not looked up."""
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise InputError(
+        f"{type(module).__name__} has an eager attention of its own that can't be watched; load "
+        'the model with attn_implementation="sdpa"'
+    )
 
 
 def _call(path, module, query, key, value, mask, options, output) -> AttentionCall:
@@ -162,8 +207,14 @@ class Projections:
     value: tuple[str, Tensor]
 
 
-def projections_of(call: AttentionCall) -> Projections:
+def projections_of(call: AttentionCall, outputs: Mapping[str, Tensor]) -> Projections:
     """Where the units of a self-attention come from, found by the names of its projections.
+
+    What one projection makes queries, keys and values in is told by where the values lie.
+
+    Args:
+        call: a call of it.
+        outputs: path of a linear layer inside the bare model -> what it gave in this call.
 
     Raises:
         InputError: naming the module, where its projections aren't known or of another width.
@@ -182,18 +233,20 @@ def projections_of(call: AttentionCall) -> Projections:
                 return Projections(
                     *((f"{call.path}.{name}", row) for name, row in zip(names, rows, strict=True))
                 )
-    for name in (*_STACKED, *_BY_HEAD):
-        if name in modules and out_features(modules[name]) == sum(widths):
-            path = f"{call.path}.{name}"
-            if name in _STACKED:
-                rows = (unit, widths[0] + shared, widths[0] + widths[1] + shared)
-            elif key_heads == heads:
-                first = unit // size * 3 * size + unit % size
-                rows = (first, first + size, first + 2 * size)
-            else:
-                continue
-            return Projections(*((path, row) for row in rows))
+    stacked = (unit, widths[0] + shared, widths[0] + widths[1] + shared)
+    first = unit // size * 3 * size + unit % size
+    layouts = [stacked, (first, first + size, first + 2 * size)]
+    for name, module in modules.items():
+        path = f"{call.path}.{name}"
+        if path not in outputs or out_features(module) != sum(widths):
+            continue
+        made = outputs[path].reshape(*call.output.shape[:2], -1)
+        values = call.value.repeat_interleave(heads // key_heads, 1).transpose(1, 2).flatten(2)
+        for rows in layouts if key_heads == heads else layouts[:1]:
+            # Some families clip what the projection gives; another place agrees hardly anywhere.
+            if (made[..., rows[2]] == values).float().mean() > 0.5:
+                return Projections(*((path, row) for row in rows))
     raise InputError(
-        f"the projections of the attention {call.path} ({type(call.module).__name__}) are not "
-        "known by their names; leave the kinds query_key and value out"
+        f"the projections of the attention {call.path} ({type(call.module).__name__}) can't be "
+        "told; leave the kinds query_key and value out"
     )

@@ -18,6 +18,7 @@ GROUPS = "_lapefast_groups"
 SETS = "_lapefast_sets"
 HOOK = "_lapefast_hook"
 GENERATION = "_lapefast_generation"
+MASK = "_lapefast_mask"
 PLACEMENT = "_lapefast_placement"
 
 _COPYING = "__getstate__"
@@ -57,7 +58,7 @@ def leave(module: nn.Module, name: str, trace: Any) -> None:
 def clear(module: nn.Module, name: str) -> None:
     """Take a trace off, and with the last one what keeps them out of copies."""
     module.__dict__.pop(name, None)
-    if not {SITE, GROUPS, SETS, HOOK, GENERATION, PLACEMENT} & module.__dict__.keys():
+    if not {SITE, GROUPS, SETS, HOOK, GENERATION, MASK, PLACEMENT} & module.__dict__.keys():
         module.__dict__.pop(_COPYING, None)
 
 
@@ -67,6 +68,8 @@ def _untraced(self: nn.Module) -> dict[str, Any]:
     state = dict(own(self) if own is not None else self.__dict__)
     state.pop(_COPYING, None)
     state.pop(PLACEMENT, None)
+    if state.pop(MASK, None) is not None:
+        state.pop("__deepcopy__", None)
     generation = state.pop(GENERATION, None)
     for replaced in generation.replaced if generation is not None else ():
         replaced.undo(state)

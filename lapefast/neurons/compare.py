@@ -82,7 +82,7 @@ def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
     does, they are the other's in their order.
 
     Raises:
-        InputError: they are of different models.
+        InputError: they are of different models, or look at no site in common.
     """
     for sets in (sets_a, sets_b):
         if not isinstance(sets, NeuronSets):
@@ -101,6 +101,10 @@ def compare(sets_a: NeuronSets, sets_b: NeuronSets) -> Comparison:
     first, second = _aligned(sets_a, b), _aligned(sets_b, a)
     # FFN sites that one knows by itself and the other by the linear layers inside.
     sites = _known(sets_a, b) & _known(sets_b, a)
+    if not sites:
+        raise InputError(
+            "the two results look at different sites, so they have no neuron that could be in both"
+        )
     by_site = {}
     for site in sorted(sites, key=str):
         found = torch.tensor(
@@ -143,12 +147,17 @@ def _aligned(sets: NeuronSets, other: Layout) -> _Members:
 
 
 def _ffn_of(site: Key, widths: Mapping[Key, int], other: Layout) -> Key:
-    if isinstance(site, str) and site not in other.sites and site in widths:
-        parent = site.rpartition(".")[0]
+    """The FFN of the other layout whose gate or up a linear layer makes; else the site itself."""
+    from lapefast.models.structure import TABLE
+
+    if not isinstance(site, str) or site in other.sites or site not in widths:
+        return site
+    for first in {name for row in TABLE for name in row.first}:
+        parent = site.removesuffix(f".{first}")
         # Gate and up may be one layer, and so twice as wide.
-        if parent in other.widths and widths[site] in (
-            other.widths[parent],
-            2 * other.widths[parent],
+        if parent != site and widths[site] in (
+            other.widths.get(parent),
+            2 * other.widths.get(parent, 0),
         ):
             return parent
     return site

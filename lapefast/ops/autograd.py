@@ -133,3 +133,14 @@ for _op, _compute, _recompute in (
         "Autograd",
         with_keyset=True,
     )
+
+
+def _without_gradient(keyset, *arguments, **options):
+    """Scores carry no gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return declarations.leave_one_out.redispatch(
+            keyset & _BELOW_AUTOGRAD, *arguments, **options
+        )
+
+
+declarations.LIBRARY.impl("leave_one_out", _without_gradient, "Autograd", with_keyset=True)

@@ -148,8 +148,8 @@ def check_leave_one_out(query: Tensor, key: Tensor, logits: Tensor, softcap: flo
         or logits.device != device
     ):
         _refuse(op, "logits", f"float32 [{heads}, {length}, {columns}] on {device}", logits)
-    if not softcap >= 0:
-        raise InputError(f"{op}: softcap must be 0 or more, got {softcap}.")
+    if not 0 <= softcap < math.inf:
+        raise InputError(f"{op}: softcap must be finite and 0 or more, got {softcap}.")
 
 
 def _check_inputs(

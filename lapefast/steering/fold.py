@@ -41,8 +41,8 @@ def fold(model: nn.Module, edit: Edit) -> Fold:
     | activate to v | the gate's bias, if it has one and the activation reaches v | bias of `fc2` |
     | add v, or scale and add | refused | columns and bias of `fc2` |
 
-    Outputs of a linear layer are its rows and its bias: any edit of them can be folded; a layer
-    (an `nn.Linear`) without a bias may get one.
+    Outputs of a linear layer are its rows and its bias: any edit of them can be folded, but for one
+    of an FFN whose neurons are edited too; a layer (an `nn.Linear`) without a bias may get one.
 
     Folding is algebraically exact. In float32 outputs agree with those under `lf.steer` within
     1e-5, relative; in half precision within what one rounding of each folded weight makes. An
@@ -78,6 +78,7 @@ class Fold:
         refuse_folded(model)
         edit = effective_edit(model, edit)
         plans, outputs = linear_edits(model, edit), output_edits(model, edit)
+        _refuse_inside(plans, outputs)
         changes = [change for plan in plans for change in _changes(plan)]
         changes += [change for plan in outputs for change in _row_changes(plan)]
         changes = _once_each(model, changes)
@@ -242,6 +243,18 @@ def _changes(plan: LinearEdit) -> list[_Change]:
             _Change(site, last, "weight", 1, index, _rounded(after, before, weight, site))
         )
     return changes
+
+
+def _refuse_inside(plans: list[LinearEdit], outputs: list[OutputEdit]) -> None:
+    """A module's FFN and its linear layers can't be edited at once: one changes what others read."""
+    for plan in plans:
+        inside = set(plan.ffn.owner.modules())
+        for output in outputs:
+            if output.layer in inside:
+                raise refusal(
+                    plan.ffn.site.name,
+                    f"its neurons and outputs of its own {output.site} can't be folded at once;",
+                )
 
 
 def _row_changes(plan: OutputEdit) -> list[_Change]:

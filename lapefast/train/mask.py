@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from lapefast.models.bare import unwrap
 from lapefast.models.linears import find_linears
 from lapefast.models.projections import up_projection
 from lapefast.models.structure import FFN, find_ffns
+from lapefast.models.traces import MASK, clear, leave
 from lapefast.neurons import NeuronSet, NeuronSets, deactivate
 from lapefast.steering.linear import dense_weight
 
@@ -60,21 +64,30 @@ class NeuronMask:
     """
 
     def __init__(self, model: nn.Module, neurons: Any) -> None:
+        self._model = unwrap(model)
+        if MASK in self._model.__dict__:
+            raise InputError(
+                f"this {type(self._model).__name__} has a neuron mask already; remove it first, or "
+                "give both masks' neurons at once"
+            )
         masks = _masks(model, neurons)
-        self._kept = [(parameter, parameter.requires_grad) for parameter in _all(model)]
+        self._kept = [(one, one.requires_grad) for one in self._model.parameters()]
         self._hooks: list[Any] = []
-        self._masked = [
-            (parameter, mask, parameter.detach().clone()) for parameter, mask in masks.items()
-        ]
-        self.parameters = [parameter for parameter, _, _ in self._masked]
+        self._masked = {
+            parameter: (mask, parameter.detach().clone()) for parameter, mask in masks.items()
+        }
+        self.parameters = list(masks)
         self.trained = sum(int(mask.sum()) for mask in masks.values())
+        leave(self._model, MASK, self)
+        self._model.__dict__["__deepcopy__"] = types.MethodType(_copied, self._model)
         for parameter, _ in self._kept:
             parameter.requires_grad_(parameter in masks)
-        for parameter, mask, _ in self._masked:
+        for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~mask, 0)
-            self._hooks.append(parameter.register_hook(lambda grad, mask=mask: _only(grad, mask)))
-        self._hooks.append(after_every_step(self._restore))
+                parameter.grad = self._only(parameter, parameter.grad)
+            hook = functools.partial(self._only, parameter)
+            self._hooks.append(parameter.register_hook(hook))
+        self._hooks.append(after_every_step(self._stepped))
 
     def __enter__(self) -> NeuronMask:
         return self
@@ -84,27 +97,58 @@ class NeuronMask:
 
     def remove(self) -> None:
         """Let everything be trained again as before. Safe to repeat."""
+        if not self._kept:
+            return
         while self._hooks:
             self._hooks.pop().remove()
         self._restore()
-        while self._kept:
-            parameter, required = self._kept.pop()
-            parameter.requires_grad_(required)
+        self.restore_flags(self._model)
+        self._kept.clear()
         self._masked.clear()
+        self._model.__dict__.pop("__deepcopy__", None)
+        clear(self._model, MASK)
+
+    def restore_flags(self, model: nn.Module) -> None:
+        """Give the parameters of the model, or of a copy of it, their `requires_grad` back."""
+        for parameter, (_, required) in zip(model.parameters(), self._kept, strict=True):
+            parameter.requires_grad_(required)
+
+    def _only(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        mask, _ = self._on_device(parameter)
+        # Not times the mask: a NaN elsewhere would stay one.
+        return torch.where(mask, gradient, 0)
+
+    def _stepped(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        # The hook sees every optimiser of the process.
+        groups = optimiser.param_groups
+        if any(one in self._masked for group in groups for one in group["params"]):
+            self._restore()
 
     @torch.no_grad()
-    def _restore(self, *_: Any) -> None:
-        for parameter, mask, before in self._masked:
+    def _restore(self) -> None:
+        for parameter in self._masked:
+            mask, before = self._on_device(parameter)
             parameter.copy_(torch.where(mask, parameter, before))
 
+    def _on_device(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Mask and earlier values, where the parameter is now and in its dtype."""
+        mask, before = self._masked[parameter]
+        if mask.device != parameter.device or before.dtype != parameter.dtype:
+            mask, before = mask.to(parameter.device), before.to(parameter)
+            self._masked[parameter] = mask, before
+        return mask, before
 
-def _only(gradient: Tensor, mask: Tensor) -> Tensor:
-    # Not times the mask: a NaN elsewhere would stay one.
-    return torch.where(mask, gradient, 0)
 
-
-def _all(model: nn.Module) -> list[nn.Parameter]:
-    return list(unwrap(model).parameters())
+def _copied(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy without the mask, which trains whatever the model would have trained."""
+    mask: NeuronMask = self.__dict__[MASK]
+    placed = self.__dict__.pop("__deepcopy__")
+    try:
+        made = copy.deepcopy(self, memo)
+    finally:
+        self.__dict__["__deepcopy__"] = placed
+    mask.restore_flags(made)
+    return made
 
 
 def _masks(model: nn.Module, neurons: Any) -> dict[nn.Parameter, Tensor]:

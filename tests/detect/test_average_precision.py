@@ -568,7 +568,7 @@ def test_results_of_other_shapes_are_refused(changed, message):
     [
         ({"texts": {"en": TEXTS["en"]}}, "at least two labels, got 'en'"),
         ({"texts": {}}, "at least two labels, got none"),
-        ({"texts": TEXTS["en"]}, "must map labels to sources"),
+        ({"texts": TEXTS["en"]}, "a dict from label to texts"),
         ({"texts": {"en": TEXTS["en"], "zh": [[5] * 40]}}, "label 'zh' has no document"),
         ({"top": -1}, "top must be an integer of at least 0, got -1"),
         ({"bottom": 2.0}, "bottom must be an integer"),

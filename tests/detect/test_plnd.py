@@ -13,6 +13,9 @@ from lapefast.detect.plnd.scores import DocumentScores
 from lapefast.detect.plnd.zones import zones
 from lapefast.errors import InputError
 from lapefast.models import find_linears
+from lapefast.models.bare import bare_model
+from lapefast.models.projections import up_projection
+from lapefast.models.structure import find_ffns
 from lapefast.profiling.documents import DocumentPass
 
 VOCABULARY = 97
@@ -79,6 +82,7 @@ def by_hand(model, ids, form):
                 logits = (q @ k.T / math.sqrt(size)).masked_fill(later, -torch.inf)
                 for c in range(size):
                     taken = torch.outer(q[:, c], k[:, c])
+                    # The released code takes the product away undivided.
                     taken = taken / math.sqrt(size) if form == "paper" else taken
                     change = (logits - taken).softmax(-1) - logits.softmax(-1)
                     square = change.square().sum()
@@ -124,28 +128,23 @@ def test_neurons_are_the_intersection_over_documents_less_what_all_labels_share(
                 best = set(order[: top[unit[0]]])
                 common.setdefault(label, {}).setdefault(unit, best)
                 common[label][unit] &= best
+    languages = {}
+    for label, units in common.items():
+        languages[label] = {}
+        for (kind, path), chosen in units.items():
+            key_rows = {j // size // served * size + j % size for j in chosen}
+            if kind == "ffn":
+                languages[label][path] = chosen
+            elif kind == "value":
+                languages[label][f"{path}.v_proj"] = key_rows
+            else:
+                languages[label][f"{path}.q_proj"] = chosen
+                languages[label][f"{path}.k_proj"] = key_rows
     for label in CORPORA:
-        expected, languages = {}, {}
-        for unit in common[label]:
-            shared = set.intersection(*(common[other][unit] for other in CORPORA))
-            kind, path = unit
-            for sets, units in (
-                (languages, common[label][unit]),
-                (expected, common[label][unit] - shared),
-            ):
-                key_rows = {j // size // served * size + j % size for j in units}
-                if kind == "ffn":
-                    sets[path] = units
-                elif kind == "value":
-                    sets[f"{path}.v_proj"] = key_rows
-                else:
-                    sets[f"{path}.q_proj"], sets[f"{path}.k_proj"] = units, key_rows
-        assert {site: set(i.tolist()) for site, i in found[label].items() if len(i)} == {
-            site: units for site, units in expected.items() if units
-        }
-        assert {site: set(i.tolist()) for site, i in found.languages[label].items() if len(i)} == {
-            site: units for site, units in languages.items() if units
-        }
+        for site, rows in languages[label].items():
+            shared = set.intersection(*(languages[other][site] for other in CORPORA))
+            assert set(found.languages[label][site].tolist()) == rows
+            assert set(found[label][site].tolist()) == rows - shared
     assert sum(one.total for one in found.values()) > 0
 
 
@@ -184,6 +183,33 @@ def test_ffns_alone_need_no_attention():
         assert {kind for kind, _ in found.mean_scores["en"]} == {"ffn"}
     with pytest.raises(InputError, match="could be scored"):
         lf.detect.plnd(by_name("bloom").build(), None, CORPORA, top=5, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5-v1.1"])
+def test_the_released_form_sums_what_up_gives_in_any_ffn(name):
+    model = by_name(name).build()
+    found = lf.detect.plnd(
+        model, None, CORPORA, ("ffn",), "released", top=5, batch_size=3, progress=False
+    )
+    ffns = find_ffns(model)
+    for ffn in (ffns[0], ffns[-1]):
+        up, first = up_projection(ffn)
+        sums = []
+        hook = up.register_forward_hook(
+            lambda module, given, output, first=first, width=ffn.site.width, sums=sums: sums.append(
+                output.reshape(-1, output.shape[-1])[:, first : first + width].abs().sum(0)
+            )
+        )
+        for ids in CORPORA["en"]:
+            batch = {"input_ids": torch.tensor([ids])}
+            if name.startswith("t5"):
+                batch["decoder_input_ids"] = torch.tensor([[0, *ids[:-1]]])
+            with torch.no_grad():
+                bare_model(model)(**batch)
+        hook.remove()
+        scores = found.mean_scores["en"]["ffn", ffn.site.name]
+        expected = torch.stack(sums).double().mean(0)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_document_that_fails_is_reported_and_the_others_count():
@@ -242,7 +268,9 @@ def test_wrong_arguments_are_refused(options, message):
         lf.detect.plnd(by_name("llama").build(), None, CORPORA, progress=False, **options)
 
 
-def test_one_label_is_refused():
+def test_documents_without_labels_and_one_label_are_refused():
+    with pytest.raises(InputError, match="a dict from label"):
+        lf.detect.plnd(by_name("llama").build(), None, None, progress=False)
     with pytest.raises(InputError, match="at least two"):
         lf.detect.plnd(by_name("llama").build(), None, {"en": CORPORA["en"]}, progress=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import IDS, by_name
+from transformers import AttentionInterface
 
 from lapefast.errors import InputError
 from lapefast.models.attention import projections_of, watching_attention
@@ -12,6 +13,7 @@ from lapefast.models.linears import find_linears
 
 NAMES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt-neox", "opt", "bert",
+    "gpt-bigcode",
 ]  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def test_every_unit_is_the_output_of_its_projection(name):
     model = by_name(name).build()
     calls, outputs, _ = watched(model)
     for call in calls:
-        made = projections_of(call)
+        made = projections_of(call, outputs)
         served = call.query.shape[1] // call.key.shape[1]
         value = call.value.repeat_interleave(served, 1).transpose(1, 2).flatten(2)
         path, rows = made.value
@@ -112,3 +114,29 @@ def test_an_eager_attention_is_watched_too():
     except InputError as error:
         pytest.skip(f"transformers of this version: {error}")
     assert len(calls) == model.config.num_hidden_layers
+
+
+def test_a_layout_that_is_not_known_is_refused():
+    calls, outputs, _ = watched(by_name("codegen").build())
+    if calls:
+        with pytest.raises(InputError, match="can't be told"):
+            projections_of(calls[0], outputs)
+
+
+def test_models_are_watched_at_once_and_end_in_any_order():
+    models = [by_name("llama").build() for _ in range(2)]
+    seen = [[], []]
+    table = dict(AttentionInterface._global_mapping)
+    watches = [watching_attention(m, s.append) for m, s in zip(models, seen, strict=True)]
+    with torch.no_grad():
+        watches[0].__enter__()
+        watches[1].__enter__()
+        models[0](IDS)
+        watches[0].__exit__(None, None, None)
+        models[0](IDS)
+        models[1](IDS)
+        watches[1].__exit__(None, None, None)
+        models[1](IDS)
+    layers = models[0].config.num_hidden_layers
+    assert [len(one) for one in seen] == [layers, layers]
+    assert dict(AttentionInterface._global_mapping) == table

@@ -79,6 +79,21 @@ def test_outputs_inside_an_ffn_count_as_its_neurons():
         assert found.sizes_a.tolist() == found.sizes_b.tolist() == [4]
 
 
+def test_what_leaves_an_ffn_is_no_neuron_of_it_however_wide():
+    linear = Layout(("layers.0.mlp.down_proj",), {"layers.0.mlp.down_proj": 16}, "f")
+    left = NeuronSets({"en": {"layers.0.mlp.down_proj": [4]}}, linear)
+    with pytest.raises(InputError, match="different sites"):
+        lf.compare(left, random_sets(0))
+
+
+def test_ffns_whose_layers_lie_in_modules_of_their_own_are_aligned():
+    ffns = Layout(("encoder.layer.0",), {"encoder.layer.0": 16}, "f")
+    path = "encoder.layer.0.intermediate.dense"
+    units = NeuronSets({"en": {path: [4, 5]}}, Layout((path,), {path: 16}, "f"))
+    found = lf.compare(units, NeuronSets({"en": {"encoder.layer.0": [5]}}, ffns))
+    assert found.common.tolist() == [[1]]
+
+
 def test_neurons_are_compared_where_both_look():
     wider = Layout((*LAYOUT.sites, "other"), {**LAYOUT.widths, "other": 9}, "f")
     more = NeuronSets({"en": {"layers.0.mlp": [4, 5], "other": [1, 2, 3]}}, wider)

@@ -143,6 +143,14 @@ def test_what_does_not_fit_is_refused(change, message, backend):
         ops.leave_one_out(*change(query, key, logits), factor, backend=backend)
     with pytest.raises(InputError, match="softcap must be"):
         ops.leave_one_out(query, key, logits, factor, -1.0, backend=backend)
+    with pytest.raises(InputError, match="softcap must be"):
+        ops.leave_one_out(query, key, logits, factor, float("inf"), backend=backend)
+
+
+def test_scores_carry_no_gradient(backend):
+    query, key, logits, factor = case()
+    found = ops.leave_one_out(query.requires_grad_(), key, logits, factor, backend=backend)
+    assert not found.requires_grad
 
 
 def test_the_library_reads_and_writes_nothing_outside(backend):

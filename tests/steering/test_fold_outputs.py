@@ -103,3 +103,19 @@ def test_a_checkpoint_has_no_place_for_a_bias_that_its_layer_lacks(tmp_path):
         with pytest.raises(InputError, match="does not load"):
             lf.export.checkpoint(model, edit, tmp_path / "model")
         assert model.model.layers[0].self_attn.q_proj.bias is None
+
+
+def test_neurons_and_outputs_of_one_ffn_are_not_folded_at_once():
+    model = by_name("llama").build()
+    for layer in ("gate_proj", "down_proj"):
+        edit = lf.deactivate({"layers.0.mlp": [1, 2]})
+        edit |= lf.deactivate({f"layers.0.mlp.{layer}": [5]})
+        with pytest.raises(InputError, match="can't be folded at once"):
+            lf.fold(model, edit)
+    opt = by_name("opt").build()  # whose layer is the module of FFN and attention
+    ffns = [site.name for site in lf.models.find_sites(opt)]
+    attention = next(path for path in find_linears(opt) if path.endswith("self_attn.q_proj"))
+    with pytest.raises(InputError, match="can't be folded at once"):
+        lf.fold(opt, lf.deactivate({ffns[0]: [1]}) | lf.deactivate({attention: [5]}))
+    with lf.fold(opt, lf.deactivate({ffns[1]: [1]}) | lf.deactivate({attention: [5]})):
+        pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import IDS, by_name
@@ -136,3 +138,53 @@ def test_what_does_not_fit_is_refused():
     tied.model.layers[0].mlp.down_proj.weight = tied.model.layers[1].mlp.down_proj.weight
     with pytest.raises(InputError, match="share weights"):
         lf.train.neuron_mask(tied, {"layers.1.mlp": [0]})
+
+
+def test_a_second_mask_is_refused_and_the_first_holds():
+    model = by_name("llama").build()
+    with lf.train.neuron_mask(model, chosen_of(model)) as mask:
+        with pytest.raises(InputError, match="a neuron mask already"):
+            lf.train.neuron_mask(model, {"layers.0.mlp": [3]})
+        assert sum(one.requires_grad for one in model.parameters()) == len(mask.parameters)
+    with lf.train.neuron_mask(model, {"layers.0.mlp": [3]}):
+        pass
+    assert all(one.requires_grad for one in model.parameters())
+    assert not any("lapefast" in name or name == "__deepcopy__" for name in model.__dict__)
+
+
+def test_a_copy_is_trained_as_the_model_would_be(tmp_path):
+    model = by_name("llama").build()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    with lf.train.neuron_mask(model, chosen_of(model)):
+        copies = [copy.deepcopy(model), copy.deepcopy(torch.nn.ModuleList([model]))[0]]
+        torch.save(model, tmp_path / "model.pt")
+    for made in copies:
+        frozen = [name for name, one in made.named_parameters() if not one.requires_grad]
+        assert frozen == ["model.embed_tokens.weight"]
+        before, optimiser = snapshot(made), torch.optim.SGD(made.parameters(), lr=0.1)
+        loss_of(made).backward()
+        optimiser.step()
+        assert len(changed(made, before)) > 3
+    assert "__deepcopy__" not in torch.load(tmp_path / "model.pt", weights_only=False).__dict__
+
+
+def test_another_model_s_optimiser_is_left_alone():
+    model, other = by_name("llama").build(), by_name("llama").build()
+    before = snapshot(other)
+    optimiser = torch.optim.SGD(other.parameters(), lr=0.1)
+    with lf.train.neuron_mask(model, chosen_of(model)):
+        loss_of(other).backward()
+        optimiser.step()
+    assert len(changed(other, before)) > 3
+
+
+def test_a_model_that_changes_its_dtype_stays_masked():
+    model = by_name("llama").build()
+    with lf.train.neuron_mask(model, chosen_of(model)) as mask:
+        model.double()
+        before = snapshot(model)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+        loss_of(model).backward()
+        optimiser.step()
+    moved = changed(model, before)
+    assert 0 < sum(int(where.sum()) for where in moved.values()) <= mask.trained

@@ -17,6 +17,7 @@ from lapefast.detect.average_precision.scores import (
 )
 from lapefast.detect.average_precision.text_means import linear_widths, text_means
 from lapefast.errors import InputError
+from lapefast.models.inputs import context_limit
 from lapefast.neurons import Layout, NeuronSets
 from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentPass
@@ -29,6 +30,8 @@ _FILE = SealedFile(
 )
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = 256  # tokens of a text, in the paper
 
 
 class AveragePrecisionNeurons(NeuronSets):
@@ -181,7 +184,7 @@ def average_precision(
     texts: Mapping[str, Any],
     top: int = 1000,
     bottom: int = 1000,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     batch_size: int | None = None,
     max_documents: int | None = None,
     progress: bool = True,
@@ -206,7 +209,8 @@ def average_precision(
             500 of each of six languages.
         top, bottom: units per label. Where the model has fewer, all are taken, in this
             proportion, and `metadata["notes"]` says so.
-        seq_len: texts of more tokens are dropped; `metadata["notes"]` says how many.
+        seq_len: texts of more tokens are dropped, and `metadata["notes"]` says how many; None is
+            the smaller of the model's limit and 256.
         batch_size: texts per forward pass; None chooses one that fits the memory.
         max_documents: texts read of each label; None reads all.
         progress: show a bar.
@@ -219,7 +223,9 @@ def average_precision(
         InputError: fewer than two labels, or what is wrong with the model, the texts, the
             arguments or the disk.
     """
-    if isinstance(texts, Mapping) and len(texts) < 2:
+    if not isinstance(texts, Mapping):
+        raise InputError(f"texts must be a dict from label to texts, got {type(texts).__name__}")
+    if len(texts) < 2:
         raise InputError(
             "average precision tells a label's texts from those of others and needs at least two "
             f"labels, got {', '.join(map(repr, texts)) or 'none'}"
@@ -233,7 +239,7 @@ def average_precision(
         model,
         texts,
         tokenizer,
-        seq_len,
+        min(context_limit(model) or _LONGEST, _LONGEST) if seq_len is None else seq_len,
         "drop",
         max_documents,
         batch_size,

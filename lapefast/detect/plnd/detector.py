@@ -119,6 +119,10 @@ def plnd(
     kinds = _check_kinds(kinds)
     if form not in ("paper", "released"):
         raise InputError(f"form must be 'paper' or 'released', got {form!r}")
+    if not isinstance(documents, Mapping):
+        raise InputError(
+            f"documents must be a dict from label to documents, got {type(documents).__name__}"
+        )
     if len(documents) < 2:
         raise InputError(
             f"PLND compares labels and needs documents of at least two, got {len(documents)}"
@@ -155,28 +159,22 @@ def plnd(
                     sums[unit] = sums.get(unit, 0) + values.sum(0)
                 used += len(values)
             if not used:
-                raise InputError(f"no document of label {label!r} could be scored: {failed[-1]}")
+                raise InputError(
+                    f"no document of label {label!r} could be scored: {failed[-1]['reason']}"
+                )
             common[label] = chosen
             means[label] = {unit: total / used for unit, total in sums.items()}
         projections = scores.projections
     _warn_of(failed)
-    shared = {
-        unit: torch.stack([common[label][unit] for label in common]).all(0)
-        for unit in common[text.labels[0]]
-    }
+    languages = {label: _by_site(masks, projections) for label, masks in common.items()}
     named = {path for one in projections.values() for path, _ in vars(one).values()}
     widths = known_sites(model, named)
     if "ffn" not in kinds:
         widths = {site: width for site, width in widths.items() if site in named}
     about = about_run(model, tokenizer)
     return PLND(
-        {
-            label: _by_site(
-                {unit: mask & ~shared[unit] for unit, mask in masks.items()}, projections
-            )
-            for label, masks in common.items()
-        },
-        {label: _by_site(masks, projections) for label, masks in common.items()},
+        _specific(languages),
+        languages,
         means,
         Layout(tuple(widths), widths, about["fingerprint"], about["model"]),
         {
@@ -271,6 +269,19 @@ def _by_site(
         for site, rows in (made.query, made.key) if kind == "query_key" else (made.value,):
             neurons.setdefault(site, []).append(rows[units])
     return {site: torch.cat(parts).unique() for site, parts in neurons.items()}
+
+
+def _specific(languages: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The neurons of each label but those that all labels have."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for label, sites in languages.items():
+        found[label] = {}
+        for site, neurons in sites.items():
+            shared = torch.ones(len(neurons), dtype=torch.bool)
+            for other in languages.values():
+                shared &= torch.isin(neurons, other[site])
+            found[label][site] = neurons[~shared]
+    return found
 
 
 def _check_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:

@@ -6,7 +6,7 @@ neuron; "released": what the released code computes in its place.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal, get_args
@@ -18,6 +18,9 @@ from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.attention import AttentionCall, Projections, projections_of, watching_attention
 from lapefast.models.bare import bare_model, is_encoder_decoder
+from lapefast.models.linears import find_linears
+from lapefast.models.projections import up_projection
+from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
 from lapefast.models.taps import watching_products
 from lapefast.profiling.documents import DocumentBatch
@@ -58,6 +61,8 @@ class DocumentScores:
         self.projections: dict[str, Projections] = {}
         self._bare, self._form, self._kinds = bare_model(model), form, kinds
         self._found: dict[Unit, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._units: set[Unit] = set()
         self._lengths: list[int] = []
         self._placed = ExitStack()
         self._ffns = find_ffns(model) if "ffn" in kinds else []
@@ -75,11 +80,19 @@ class DocumentScores:
             if form == "paper" and any(ffn.gated and not ffn.forward for ffn in self._ffns):
                 # Their products can't be recorded, but looked at as they enter the projection.
                 self._placed.enter_context(watching_products(model, self._see_product))
+            elif form == "released" and not all(ffn.forward for ffn in self._ffns):
+                for ffn in self._ffns:
+                    up, first = up_projection(ffn)
+                    see = functools.partial(self._see_up, ffn.site, first)
+                    self._placed.callback(up.register_forward_hook(see).remove)
             elif "ffn" in kinds:
                 slots = [str(slot) for slot in range(batch_size)]
                 recorder = Recorder(model, slots, (self._statistic,))
                 self._recorder = self._placed.enter_context(recorder)
             if len(kinds) > ("ffn" in kinds):
+                for path, layer in find_linears(model).items():
+                    keep = functools.partial(self._keep, path)
+                    self._placed.callback(layer.register_forward_hook(keep).remove)
                 self._placed.enter_context(watching_attention(model, self._see))
             self._placed = self._placed.pop_all()
 
@@ -111,7 +124,12 @@ class DocumentScores:
                 f"no self-attention of {type(self._bare).__name__} was seen: it does not go "
                 "through transformers' attention functions; leave query_key and value out"
             )
+        self._outputs.clear()
         missing = set(self._kinds) - {kind for kind, _ in scores}
+        if self._units and scores.keys() != self._units:
+            raise InputError(
+                f"{type(self._bare).__name__} scored other neurons than of the documents before"
+            )
         if missing:
             raise InputError(
                 f"{type(self._bare).__name__} gave no scores of {', '.join(sorted(missing))}; "
@@ -120,6 +138,7 @@ class DocumentScores:
         for (kind, path), found in scores.items():
             if not found.isfinite().all():
                 raise InputError(f"{path}: scores of {kind} are not finite (NaN or infinite)")
+        self._units = set(scores)
         return scores
 
     def _recorded(self, documents: int) -> dict[Unit, Tensor]:
@@ -135,9 +154,19 @@ class DocumentScores:
         sums, site = squares.sum(1, dtype=torch.float64), ffn.site.name
         self._found["ffn", site] = ffn_scores(sums, self._norms[site])
 
+    def _see_up(self, site: Site, first: int, module: nn.Module, given, output: Tensor) -> None:
+        up = output.reshape(*self._batch.mask.shape, -1)[..., first : first + site.width]
+        sums = up.float().abs().masked_fill(~self._batch.mask[..., None], 0)
+        self._found["ffn", site.name] = ffn_scores(sums.sum(1, dtype=torch.float64), None)
+
+    def _keep(self, path: str, module: nn.Module, given, output: Tensor) -> None:
+        """What a projection gave, until it is known which units it makes."""
+        if not self.projections or path.rpartition(".")[0] not in self.projections:
+            self._outputs[path] = output
+
     def _see(self, call: AttentionCall) -> None:
         if call.path not in self.projections:
-            self.projections[call.path] = projections_of(call)
+            self.projections[call.path] = projections_of(call, self._outputs)
         rows = range(len(self._lengths))
         if "query_key" in self._kinds:
             found = torch.stack([self._leave_one_out(call, row) for row in rows])
@@ -151,8 +180,8 @@ class DocumentScores:
         length, key_heads = self._lengths[row], call.key.shape[1]
         served = call.query.shape[1] // key_heads
         paper = self._form == "paper"
-        # The released code takes the product away unscaled.
-        factor = call.scaling * (1.0 if paper else math.sqrt(call.query.shape[-1]))
+        # The released code takes the product away undivided.
+        factor = call.scaling if paper else 1.0
         step = max(1, _MAP_BYTES // (4 * served * length * length))
         parts = []
         for start in range(0, key_heads, step):

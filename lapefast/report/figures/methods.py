@@ -8,6 +8,7 @@ from itertools import combinations
 import matplotlib.figure
 import numpy as np
 
+from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets, compare
 from lapefast.report.figures.cells import draw_cells
 from lapefast.report.figures.figure import Figure, Grid, Table
@@ -27,7 +28,10 @@ def methods(found: Mapping[str, NeuronSets], name: str = "methods") -> Figure:
     spoken = ["not comparable"] * values.size
     rows = []
     for row, (a, b) in enumerate(pairs):
-        compared = compare(found[a], found[b])
+        try:
+            compared = compare(found[a], found[b])
+        except InputError:  # they look at different sites
+            continue
         for column, label in enumerate(labels):
             if label not in found[a] or label not in found[b]:
                 continue
