@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lapefast import display
 from lapefast.errors import InputError
 from lapefast.neurons.layout import Key, Layout
 from lapefast.neurons.sets import NeuronSets
@@ -66,6 +67,18 @@ class Comparison:
                 for i, a in enumerate(self.labels_a)
                 for j, b in enumerate(self.labels_b)
             ]
+        )
+
+    def _repr_html_(self) -> str:
+        methods = " with ".join(method or "neurons" for method in self.methods)
+        return display.table(
+            f"Neurons in common, shaded by Jaccard index: {methods}",
+            ["", *self.labels_b],
+            [
+                [label, *map(str, row)]
+                for label, row in zip(self.labels_a, self.common.tolist(), strict=True)
+            ],
+            self.jaccard.tolist(),
         )
 
     def __repr__(self) -> str:

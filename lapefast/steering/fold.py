@@ -246,7 +246,7 @@ def _changes(plan: LinearEdit) -> list[_Change]:
 
 
 def _refuse_inside(plans: list[LinearEdit], outputs: list[OutputEdit]) -> None:
-    """A module's FFN and its linear layers can't be edited at once: one changes what others read."""
+    """A module's FFN and its linear layers aren't edited at once: one changes what others read."""
     for plan in plans:
         inside = set(plan.ffn.owner.modules())
         for output in outputs:

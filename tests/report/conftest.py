@@ -6,10 +6,11 @@ import pytest
 import torch
 from report_inputs import FINGERPRINT, LABELS, LAYERS, TOKENS, WIDTH
 
-from lapefast.detect import lape
+from lapefast.detect import Experts, Sharing, lape
 from lapefast.evaluate import PerplexityMatrix
 from lapefast.evaluate.sweep import Outcome, PairSummary
 from lapefast.models.sites import Site
+from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
 
 
@@ -72,3 +73,30 @@ def pairs() -> list[PairSummary]:
         for row, source in enumerate(LABELS)
         for column, target in enumerate(LABELS)
     ]
+
+
+@pytest.fixture
+def experts(profile) -> Experts:
+    generator = torch.Generator().manual_seed(0)
+    return Experts(
+        LABELS,
+        {site: torch.arange(40) % 8 for site in profile.sites},
+        torch.randint(0, 100, (4, 3, 8), generator=generator),
+        torch.full((4, 3), 100),
+    )
+
+
+@pytest.fixture
+def sharing(neurons) -> Sharing:
+    counts = torch.randint(0, 14, (5, 3, 4), generator=torch.Generator().manual_seed(1))
+    counts[..., 3] = 40 - counts[..., :3].sum(-1)
+    return Sharing(
+        LABELS,
+        counts,
+        [0.0],
+        counts.sum(0)[None],
+        neurons,
+        NeuronSets({}, neurons.layout),
+        None,
+        None,
+    )

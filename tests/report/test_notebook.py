@@ -10,6 +10,7 @@ from dataclasses import asdict
 import pytest
 from report_inputs import LABELS, LAYERS, WIDTH
 
+import lapefast as lf
 from lapefast import display
 from lapefast.evaluate.sweep import Sweep, SweepRow
 from lapefast.profiles import Profile
@@ -118,3 +119,19 @@ def test_showing_loads_neither_pandas_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_comparison_shows_common_neurons(neurons):
+    compared = lf.compare(neurons, neurons)
+    shown = cells(compared._repr_html_())
+    assert shown[0][1:] == neurons.labels
+    assert [row[1:] for row in shown[1:]] == [
+        list(map(str, row)) for row in compared.common.tolist()
+    ]
+
+
+def test_sharing_and_experts_show_themselves(sharing, experts):
+    assert "all-shared" in sharing._repr_html_()
+    shown = cells(experts._repr_html_())
+    assert shown[0][1:] == experts.order()
+    assert all(row[at] == "1.00" for at, row in enumerate(shown) if at)

@@ -11,11 +11,8 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from report_inputs import LABELS
 
-from lapefast.detect import Sharing
-from lapefast.detect.experts import Experts
 from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets
 from lapefast.report import Inputs, write_report
@@ -24,26 +21,7 @@ SCRIPT = LABELS[3]
 
 
 @pytest.fixture
-def inputs(profile, neurons, matrix, pairs) -> Inputs:
-    generator = torch.Generator().manual_seed(2)
-    experts = Experts(
-        LABELS,
-        {site: torch.arange(40) % 8 for site in profile.sites},
-        torch.randint(0, 100, (4, 3, 8), generator=generator),
-        torch.full((4, 3), 100),
-    )
-    counts = torch.randint(0, 14, (5, 3, 4), generator=generator)
-    counts[..., 3] = 40 - counts[..., :3].sum(-1)
-    sharing = Sharing(
-        LABELS,
-        counts,
-        [0.0],
-        counts.sum(0)[None],
-        neurons,
-        NeuronSets({}, neurons.layout),
-        None,
-        None,
-    )
+def inputs(profile, neurons, matrix, pairs, experts, sharing) -> Inputs:
     other = NeuronSets({LABELS[0]: neurons[LABELS[1]]}, neurons.layout, {"method": "plnd"})
     return Inputs(
         profile,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lapefast import display
 from lapefast.detect.experts.families import language_family
 from lapefast.detect.experts.hierarchy import leaf_order
 from lapefast.errors import InputError
@@ -239,6 +240,20 @@ class Experts:
         )
         values = {"frequency": self.frequency.flatten().numpy()}
         return pandas.DataFrame(values, index=index).reset_index()
+
+    def _repr_html_(self) -> str:
+        order = self.order()
+        rows = [self.labels.index(label) for label in order]
+        similarity = self.similarity()[rows][:, rows].tolist()
+        return display.table(
+            "Similarity of the labels' frequencies of experts (cosine)",
+            ["", *order],
+            [
+                [label, *(f"{value:.2f}" for value in row)]
+                for label, row in zip(order, similarity, strict=True)
+            ],
+            similarity,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; the same experts give the same bytes.

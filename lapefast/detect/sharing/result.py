@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lapefast import display
 from lapefast.detect.sharing.categories import Category
 from lapefast.neurons import Layout, NeuronSets
 from lapefast.neurons.documents import Document, as_text, block, require
@@ -120,6 +121,17 @@ class Sharing:
                     add(quantity, *row)
         names = ("quantity", "label", "site", "category", "mean", "least", "largest")
         return pandas.DataFrame(rows, columns=names)
+
+    def _repr_html_(self) -> str:
+        return display.table(
+            "Share of each category of neurons, mean over examples",
+            ["site", *_CATEGORIES],
+            [
+                [str(site), *(f"{share:.1%}" for share in row)]
+                for site, row in zip(self.sites, self.shares.tolist(), strict=True)
+            ],
+            self.shares.tolist(),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON. Raises InputError where the file cannot be written."""
