@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from html import unescape
 
 import pytest
 from report_inputs import LABELS, LAYERS, WIDTH
@@ -124,7 +125,7 @@ def test_showing_loads_neither_pandas_nor_matplotlib():
 def test_a_comparison_shows_common_neurons(neurons):
     compared = lf.compare(neurons, neurons)
     shown = cells(compared._repr_html_())
-    assert shown[0][1:] == neurons.labels
+    assert [unescape(one) for one in shown[0][1:]] == neurons.labels
     assert [row[1:] for row in shown[1:]] == [
         list(map(str, row)) for row in compared.common.tolist()
     ]
@@ -133,5 +134,5 @@ def test_a_comparison_shows_common_neurons(neurons):
 def test_sharing_and_experts_show_themselves(sharing, experts):
     assert "all-shared" in sharing._repr_html_()
     shown = cells(experts._repr_html_())
-    assert shown[0][1:] == experts.order()
+    assert [unescape(one) for one in shown[0][1:]] == experts.order()
     assert all(row[at] == "1.00" for at, row in enumerate(shown) if at)
