@@ -98,6 +98,10 @@ class SealedFile:
             )
         return content
 
+    @property
+    def _named(self) -> str:
+        return f"{'an' if self.what[0] in 'aeio' else 'a'} {self.what}"
+
     def _head(self, header: Mapping[str, Any], about: Mapping[str, Any], checksum: str) -> bytes:
         """What stands before the tensors: the header's length, and the header, padded to 8."""
         metadata = {
@@ -123,12 +127,12 @@ class SealedFile:
             known = False
         if not known:
             raise InputError(
-                f"it is not a {self.what}, or one that was cut short or damaged; "
+                f"it is not {self._named}, or one that was cut short or damaged; "
                 f"give a file made by {self.made_by}"
             )
         if version != self.version:
             raise InputError(
-                f"it is a {self.what} of format version {version}, but this lapefast reads version "
+                f"it is {self._named} of format version {version}, but this lapefast reads version "
                 f"{self.version}; use the lapefast that made it"
             )
         digest = hashlib.sha256(data[:end].replace(str(checksum).encode(), _BLANK.encode(), 1))

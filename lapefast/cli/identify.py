@@ -32,8 +32,8 @@ def identify(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write all that average-precision, sharing or experts measured, for "
-            "`lapefast report`.",
+            help="Also write all that average-precision, sharing or experts measured; a report "
+            "shows the last two's.",
             show_default=False,
         ),
     ] = None,
@@ -53,7 +53,7 @@ def identify(
     max_documents: Annotated[
         int | None,
         typer.Option(min=1, help="Documents to read per label.", rich_help_panel="Run"),
-    ] = 1000,
+    ] = methods.DOCUMENTS,
     text: options.TextOptions = options.TEXT,
     lape: methods.LapeOptions = methods.LapeOptions(),  # noqa: B008 - frozen
     plnd: methods.PlndOptions = methods.PlndOptions(),  # noqa: B008
@@ -78,6 +78,16 @@ def identify(
         check_output(details)
         if method in ("lape", "plnd"):
             raise InputError(f"{method} measures nothing beside its neurons; leave --details out")
+        if details == output:
+            raise InputError("-o and --details are one file; give two")
+    chosen = {
+        "lape": lape,
+        "plnd": plnd,
+        "average-precision": average_precision,
+        "sharing": sharing,
+        "experts": experts,
+    }
+    methods.refuse_others(method, chosen)
     from lapefast.corpus import parse_corpus_arguments
 
     material = methods.Material(
@@ -90,13 +100,6 @@ def identify(
         seq_len,
         max_documents,
     )
-    chosen = {
-        "lape": lape,
-        "plnd": plnd,
-        "average-precision": average_precision,
-        "sharing": sharing,
-        "experts": experts,
-    }
     neurons, result = methods.METHODS[method](material, chosen[method])
     neurons.save(output)
     if details is not None:

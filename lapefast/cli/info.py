@@ -26,7 +26,7 @@ def info(
     from lapefast.cli.tables import show, show_metadata
 
     content = _read(file)
-    show_metadata(content.metadata)
+    show_metadata(getattr(content, "metadata", {}))
     show(content)
 
 
@@ -35,6 +35,7 @@ def _read(path: Path) -> Any:
     from lapefast import NeuronSets, Profile, ResidualMeans
     from lapefast.detect import AveragePrecisionNeurons, Experts, Sharing
     from lapefast.evaluate import PerplexityMatrix
+    from lapefast.report.sweep_file import read_sweep
 
     readers = {
         "lapefast neurons": NeuronSets.load,
@@ -45,6 +46,7 @@ def _read(path: Path) -> Any:
         "lapefast residual means file": ResidualMeans.load,
         "matrix": PerplexityMatrix.load,
         "published": NeuronSets.load,
+        "sweep": read_sweep,
     }
     kind = _kind(path)
     if kind not in readers:
@@ -74,6 +76,8 @@ def _kind(path: Path) -> str | None:
         # Of a file that is not one, the length may be any.
         length = int.from_bytes(start[:8], "little") if sealed else -1
         data = file.read(min(length, path.stat().st_size))
+    if not sealed and b'"target"' in data.partition(b"\n")[0]:
+        return "sweep"
     try:
         content = json.loads(data)
         if "nll" in content:

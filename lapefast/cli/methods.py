@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lapefast.cli import options
+from lapefast.cli.options import LOADING, TEXT
 from lapefast.errors import InputError
 
 if TYPE_CHECKING:
     from lapefast.neurons import NeuronSets
 
 __all__ = [
+    "DOCUMENTS",
     "METHODS",
     "AveragePrecisionOptions",
     "ExpertOptions",
@@ -22,9 +25,11 @@ __all__ = [
     "Material",
     "PlndOptions",
     "SharingOptions",
+    "refuse_others",
 ]
 
 Form = Literal["paper", "released"]
+DOCUMENTS = 1000  # that are read of each label, unless said otherwise
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,14 @@ class ExpertOptions:
             rich_help_panel="Experts",
         ),
     ] = None
+    only: Annotated[
+        bool,
+        typer.Option(
+            "--only",
+            help="Leave out experts that are another label's, too.",
+            rich_help_panel="Experts",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,17 @@ class Material:
         corpora = self.corpora if needs_corpora else None
         return self.loading.load(self.source, corpora, self.text)
 
+    def refuse_reading(self, method: str) -> None:
+        """For a method that runs no model: nothing of how one reads may have been asked for."""
+        asked = (self.corpora, self.batch_size, self.seq_len)
+        if asked != (None, None, None) or self.max_documents != DOCUMENTS or self.text != TEXT:
+            raise InputError(
+                f"{method} reads a profile and no text; leave the options of texts and of the run "
+                "out, or choose another --method"
+            )
+        if self.loading != LOADING:
+            raise InputError(f"{method} loads no model; leave the options of models out")
+
     def reading(self) -> dict[str, Any]:
         """How documents are read."""
         return {
@@ -194,6 +218,7 @@ Found = tuple["NeuronSets", Any]
 
 
 def lape(material: Material, chosen: LapeOptions) -> Found:
+    material.refuse_reading("LAPE")
     from lapefast import Profile
     from lapefast.detect import lape as run
 
@@ -248,6 +273,8 @@ def sharing(material: Material, chosen: SharingOptions) -> Found:
 
     if chosen.examples is None:
         raise InputError("sharing compares prompts of one meaning; give them by --examples")
+    if material.corpora is not None:
+        raise InputError("sharing reads --examples and no corpus; leave --corpus out")
     loaded = material.load("sharing", needs_corpora=False)
     found = run(
         loaded.model,
@@ -274,7 +301,16 @@ def experts(material: Material, chosen: ExpertOptions) -> Found:
         seed=material.loading.seed,
         **material.reading(),
     )
-    return found.neuron_sets(top=chosen.high), found
+    return found.neuron_sets(top=chosen.high, only=chosen.only), found
+
+
+def refuse_others(method: str, given: Mapping[str, Any]) -> None:
+    """No option of another method may have been asked for; `given`: method -> its options."""
+    for other, chosen in given.items():
+        for field in fields(chosen):
+            if other != method and getattr(chosen, field.name) != field.default:
+                option = field.name.replace("_", "-")
+                raise InputError(f"--{option} is an option of {other}, not of {method}")
 
 
 METHODS = {

@@ -73,6 +73,10 @@ def report(
     given = {"profile": profile, "matrix": matrix, "sweep": sweep}
     given |= {"experts": experts, "sharing": sharing}
     codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
+    if codes and sweep is None:
+        raise InputError(
+            "--language says which languages a sweep's labels are; give one by --sweep"
+        )
     from lapefast import NeuronSets, Profile
     from lapefast.evaluate import PerplexityMatrix
     from lapefast.report import Inputs, write_report
@@ -80,7 +84,7 @@ def report(
 
     paths = list(neurons or ())
     sets = [NeuronSets.load(path) for path in paths]
-    names = _names(paths, sets, [*given])
+    names = _names(paths, sets, [name for name, path in given.items() if path is not None])
     files = {name: path.name for name, path in given.items() if path is not None}
     files |= {name: path.name for name, path in zip(names, paths, strict=True)}
     inputs = Inputs(

@@ -31,7 +31,8 @@ def show(content: Any) -> None:
     for kind, shown in (
         (Profile, _show_profile),
         (NeuronSets, _show_neurons),
-        (Sweep, _show_sweep),
+        (Sweep, lambda found: _show_pairs(found.summary())),
+        (list, _show_pairs),
         (PerplexityMatrix, _show_matrix),
         (Sharing, _show_sharing),
         (Experts, _show_experts),
@@ -105,8 +106,7 @@ def _show_matrix(matrix: PerplexityMatrix) -> None:
     console.print(table)
 
 
-def _show_sweep(found: Sweep) -> None:
-    pairs = found.summary()
+def _show_pairs(pairs: list[PairSummary]) -> None:
     random = any(pair.random for pair in pairs)
     shifted = any(pair.diffmean for pair in pairs)
     console.print(

@@ -47,7 +47,7 @@ class LanguageIdentifier:
                 raise InputError(
                     f"the label {label!r} is no language that can be identified (py3langid knows "
                     f"{len(known)}, by codes such as en, zh, id); say which it is by "
-                    f"languages={{{label!r}: code}}"
+                    f"languages={{{label!r}: code}}, or --language on the command line"
                 )
         # Among one language every text is in it.
         if restrict and len(set(self.codes.values())) > 1:

@@ -248,6 +248,7 @@ def perplexity_matrix(
             "seed": seed,
             "threads": torch.get_num_threads(),
             "neurons": {label: neurons[label].total for label in neurons},
+            "neurons_method": neurons.metadata.get("method"),
             "lapefast": __version__,
             "torch": torch.__version__,
         },

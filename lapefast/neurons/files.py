@@ -84,6 +84,12 @@ def read_published(path: str | os.PathLike[str], labels: Sequence[str] | None = 
     Raises:
         InputError: the file is not of that format, or `labels` are not as many as it holds.
     """
+    with open(existing_file(path, _WHAT), "rb") as file:
+        if file.read(9)[8:] == b"{":
+            raise InputError(
+                f"{path} is a safetensors file, which holds what a method measured; give the "
+                f"{_WHAT} that was written beside it (`lapefast identify -o`)"
+            )
     content = read_torch(path, f"{_WHAT} (not JSON, so taken for a published one)")
     if not isinstance(content, list) or not all(isinstance(layers, list) for layers in content):
         raise InputError(

@@ -103,6 +103,7 @@ class DocumentPass:
         self.labels = list(self._opened)
         self.batch_size = batch_size or fitting_batch_size(model, self.seq_len)
         self._longer, self._max_documents, self._progress = longer, max_documents, progress
+        self._text = text
         self._bare, self._device = bare_model(model), input_device(model)
         self._seen = {label: {"documents": 0, "longer": 0} for label in self.labels}
 
@@ -134,6 +135,8 @@ class DocumentPass:
         return {
             "seq_len": self.seq_len,
             "longer": self._longer,
+            "max_documents": self._max_documents,
+            **self._text,
             "batch_size": self.batch_size,
             "corpora": [
                 {"label": label, "source": self._opened[label].name, **seen}

@@ -34,10 +34,7 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
         if name not in files:
             continue
         if name == "profile" and "runs" not in metadata:
-            given = metadata.get("corpora", ())
-            corpora = [
-                f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}" for one in given
-            ]
+            given, corpora = metadata.get("corpora", ()), _corpora(metadata)
             options = _options(metadata, _PROFILE)
             if given and all(one.get("capped") for one in given):
                 options.append(f"--max-tokens={max(one['tokens'] for one in given)}")
@@ -47,11 +44,13 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
         elif metadata.get("method") in _METHODS and name not in ("experts", "sharing"):
             lines.append(["identify", *_method(metadata), "-o", files[name]])
-            if metadata["method"] in files:  # what else it measured
+            if metadata["method"] in ("experts", "sharing") and metadata["method"] in files:
                 lines[-1] += ["--details", files[metadata["method"]]]
         elif name == "matrix":
-            neurons = next((files[one] for one in described if _is_sets(one, files)), "NEURONS")
-            texts = [f"--corpus={label}=SOURCE" for label in metadata.get("seq_len", ())]
+            neurons = _neurons(described, files, metadata.get("neurons_method"))
+            texts = _corpora(metadata) or [
+                f"--corpus={label}=SOURCE" for label in metadata.get("seq_len", ())
+            ]
             lengths = sorted(set(metadata.get("seq_len", {}).values()))
             options = [f"--seq-len={lengths[0]}"] if len(lengths) == 1 else []
             options += _options(metadata, _MATRIX)
@@ -59,7 +58,7 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
                 ["evaluate", model, "--neurons", neurons, *texts, *options, "-o", files[name]]
             )
     if "sweep" in files and "profile" in files:
-        neurons = next((files[one] for one in described if _is_sets(one, files)), "NEURONS")
+        neurons = _neurons(described, files)
         model = next((one["model"] for one in described.values() if one.get("model")), "MODEL")
         given = ["--neurons", neurons, "--profile", files["profile"]]
         lines.append(["sweep", public_name(model), *given, "-o", files["sweep"]])
@@ -78,10 +77,7 @@ def _method(metadata: Mapping[str, Any]) -> list[str]:
     """The model and the options of a method that runs one."""
     method, parameters = metadata["method"], dict(metadata.get("parameters") or {})
     options = [f"--method={method}"]
-    options += [
-        f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}"
-        for one in metadata.get("corpora", ())
-    ]
+    options += _corpora(metadata)
     if method == "plnd":
         options.append(f"--kinds={','.join(parameters.pop('kinds', ()))}")
         top = parameters.pop("top", None) or {}
@@ -94,12 +90,39 @@ def _method(metadata: Mapping[str, Any]) -> list[str]:
             options.append(f"--score-threshold={threshold}")
     if method == "sharing":
         options.append("--examples=EXAMPLES")
+    if method == "experts":
+        if parameters.get("top") is not None:
+            options.append(f"--high={parameters['top']}")
+        options += ["--only"] * bool(parameters.get("only"))
     options += _options(parameters, _METHODS[method])
     return [
         public_name(metadata.get("model") or "MODEL"),
         *options,
-        *_options(metadata, ("seq_len", "batch_size", "dtype", "threads")),
+        *_options(metadata, ("seq_len", "max_documents", "batch_size", "dtype", "threads")),
+        *(
+            f"--{name}={metadata[name]}"
+            for name, usual in (("document", "line"), ("field", "text"))
+            if metadata.get(name, usual) != usual
+        ),
+        *["--no-special-tokens"] * (metadata.get("special_tokens") is False),
     ]
+
+
+def _corpora(metadata: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}"
+        for one in metadata.get("corpora", ())
+    ]
+
+
+def _neurons(
+    described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], method: str | None = None
+) -> str:
+    """The neuron file of a method, or the only one there is; else a word in its place."""
+    sets = [name for name in described if _is_sets(name, files)]
+    found = [name for name in sets if described[name].get("method") == method]
+    chosen = found if method else sets
+    return files[chosen[0]] if len(chosen) == 1 else "NEURONS"
 
 
 def _is_sets(name: str, files: Mapping[str, str]) -> bool:

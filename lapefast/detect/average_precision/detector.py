@@ -26,7 +26,7 @@ from lapefast.sealed import SealedFile
 __all__ = ["AveragePrecisionNeurons", "average_precision", "average_precision_scores"]
 
 _FILE = SealedFile(
-    "average-precision file", "1", "average_precision", "`AveragePrecisionNeurons.save`"
+    "average-precision file", "1", "average_precision", "`lapefast identify --details`"
 )
 
 logger = logging.getLogger(__name__)

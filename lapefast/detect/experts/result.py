@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Experts", "highest_share"]
 
-_FILE = SealedFile("experts file", "1", "experts", "`lapefast.detect.Experts.save`")
+_FILE = SealedFile("experts file", "1", "experts", "`lapefast identify --method experts --details`")
 
 
 class Experts:

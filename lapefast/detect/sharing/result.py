@@ -17,7 +17,9 @@ from lapefast.neurons.documents import Document, as_text, block, require
 
 __all__ = ["Sharing", "Spread"]
 
-_DOCUMENT = Document("lapefast sharing", 1, "sharing file", "lapefast.detect.Sharing.save")
+_DOCUMENT = Document(
+    "lapefast sharing", 1, "sharing file", "lapefast identify --method sharing --details"
+)
 _CATEGORIES = [category.title for category in Category]
 
 
