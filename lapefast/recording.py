@@ -15,6 +15,7 @@ import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
+from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
@@ -134,23 +135,8 @@ class Recorder:
             InputError: for an unknown label, an index out of range, or not just one of label and
                 groups.
         """
-        if (label is None) == (groups is None):
-            raise InputError("recorder.set needs either a label or groups, not both or neither")
-        if set(self._stacks) == {"encoder", "decoder"}:
-            if groups is not None and decoder_groups is None:
-                raise InputError(
-                    "groups of an encoder-decoder's input need decoder_groups for its decoder's"
-                )
-            given = {"encoder": (mask, groups), "decoder": (decoder_mask, decoder_groups)}
-        elif decoder_mask is None and decoder_groups is None:
-            given = {name: (mask, groups) for name in self._stacks}
-        else:
-            raise InputError(
-                "decoder_mask and decoder_groups are for encoder-decoder models; this model takes "
-                "mask and groups"
-            )
-        indices = {name: self._indices(label, *pair) for name, pair in given.items()}
-        for name, index in indices.items():
+        given = label, mask, groups, decoder_mask, decoder_groups
+        for name, index in token_groups(self.labels, self._stacks, *given).items():
             self._stacks[name].set(index)
 
     def profile(self) -> Profile:
@@ -286,36 +272,6 @@ class Recorder:
             },
         }
 
-    def _indices(self, label: str | None, mask: Tensor | None, groups: Tensor | None) -> Tensor:
-        """The group of each token, [batch, length], or of all, [1]."""
-        if groups is None:
-            if label not in self.labels:
-                raise InputError(
-                    f"label {label!r} is none of this recorder's: {', '.join(self.labels)}"
-                )
-            index = torch.tensor([self.labels.index(label)], dtype=torch.int32)
-            if mask is None:
-                return index
-            _check_shape("mask", mask)
-            return torch.where(mask != 0, index.to(mask.device), -1)
-        _check_shape("groups", groups)
-        if groups.is_floating_point() or groups.dtype is torch.bool:
-            raise InputError(f"groups must be integers like the input ids, got {groups.dtype}")
-        outside = (groups < -1) | (groups >= len(self.labels))
-        if bool(outside.any()):
-            raise InputError(
-                f"groups holds {int(groups[outside][0])}, but there are {len(self.labels)} "
-                "labels, numbered from 0 (-1 for none)"
-            )
-        if mask is not None:
-            if mask.shape != groups.shape:
-                raise InputError(
-                    f"mask and groups must have one shape, got {list(mask.shape)} and "
-                    f"{list(groups.shape)}"
-                )
-            groups = torch.where(mask != 0, groups, -1)
-        return groups
-
 
 class _StackGroups(StackRows):
     """The rows of one stack's input: their groups, and how many tokens each group had."""
@@ -361,13 +317,6 @@ class _StackGroups(StackRows):
         else:
             with self._lock:  # torch lets other threads run while it adds
                 self.tokens.index_add_(0, place, one)
-
-
-def _check_shape(name: str, given: Tensor) -> None:
-    if given.dim() != 2:
-        raise InputError(
-            f"{name} must be [batch, length] like the input ids, got shape {list(given.shape)}"
-        )
 
 
 def _check_labels(labels: Sequence[str]) -> list[str]:

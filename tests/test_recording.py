@@ -137,7 +137,7 @@ def test_generation_is_recorded_token_by_token(llama):
     [
         ({}, "either a label or groups"),
         ({"label": "en", "groups": GROUPS}, "either a label or groups"),
-        ({"label": "fr"}, "'fr' is none of this recorder's: en, zh"),
+        ({"label": "fr"}, "'fr' is none of these labels: en, zh"),
         ({"label": "en", "mask": torch.ones(24)}, r"mask must be \[batch, length\].*\[24\]"),
         ({"label": "en", "mask": torch.ones(3, 1, 8, 8)}, r"mask must be .*\[3, 1, 8, 8\]"),
         ({"groups": GROUPS.reshape(-1)}, r"groups must be \[batch, length\]"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, stacks
+from lapefast.models.groups import token_groups
 from lapefast.models.structure import FFN
 from lapefast.models.taps import watching_products
 from lapefast.models.traces import PLACEMENT
@@ -129,18 +130,9 @@ class ExpertUse:
             InputError: for an unknown label, an index out of range, or not just one of label and
                 groups.
         """
-        both = {"encoder", "decoder"} == set(self._stacks)
-        if not both and (decoder_mask is not None or decoder_groups is not None):
-            raise InputError(
-                "decoder_mask and decoder_groups are for encoder-decoder models; this model takes "
-                "mask and groups"
-            )
-        given = {name: (mask, groups) for name in self._stacks}
-        if both:
-            given["decoder"] = (decoder_mask, decoder_groups)
-        groups_of = {name: self._indices(label, *pair) for name, pair in given.items()}
-        for name, stack in self._stacks.items():
-            stack.groups = groups_of[name]
+        given = label, mask, groups, decoder_mask, decoder_groups
+        for name, index in token_groups(self.labels, self._stacks, *given).items():
+            self._stacks[name].groups = index.reshape(-1).long()
 
     def frequency(self) -> Tensor:
         """float64 [labels, layers, experts]: tokens that chose the expert / tokens.
@@ -152,29 +144,6 @@ class ExpertUse:
             label = self.labels[int((self.tokens == 0).nonzero()[0, 0])]
             raise InputError(f"no token of label {label!r} was seen; give some text of it")
         return self.chosen.double() / self.tokens[:, :, None]
-
-    def _indices(self, label: str | None, mask: Tensor | None, groups: Tensor | None) -> Tensor:
-        """The group of each token, int64 [batch * length], or of all, [1]."""
-        if (label is None) == (groups is None):
-            raise InputError("set needs either a label or groups for each stack, not both")
-        if groups is None:
-            if label not in self.labels:
-                raise InputError(f"label {label!r} is none of {', '.join(self.labels)}")
-            groups = torch.tensor([self.labels.index(label)])
-            if mask is not None:
-                groups = groups.to(mask.device).expand(mask.shape)
-        if groups.is_floating_point() or ((groups < -1) | (groups >= len(self.labels))).any():
-            raise InputError(
-                f"groups must be integers from -1 to {len(self.labels) - 1}, one per token"
-            )
-        if mask is not None:
-            if mask.shape != groups.shape:
-                raise InputError(
-                    f"mask and groups must have one shape, got {list(mask.shape)} and "
-                    f"{list(groups.shape)}"
-                )
-            groups = groups.masked_fill(mask == 0, -1)
-        return groups.reshape(-1).long()
 
     @property
     def _probing(self) -> bool:
