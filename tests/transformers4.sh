@@ -3,8 +3,7 @@
 set -eu
 venv=.venvs/transformers4
 [ -x $venv/bin/python ] || "$PYTHON" -m venv $venv
-grep -v -E '^(transformers|tokenizers|huggingface_hub)==' constraints.txt >$venv/constraints.txt
-export PIP_CONSTRAINT=$PWD/$venv/constraints.txt
+unset PIP_CONSTRAINT # older libraries go with it
 $venv/bin/python -m pip install --quiet "$TORCH"
 # The native library that .venv built stands in the tree and serves here too.
 LAPEFAST_BUILD_NATIVE=0 $venv/bin/python -m pip install --quiet "transformers==4.57.*" \
