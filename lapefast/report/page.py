@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def _render(title: str, date: str | None, made: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "numeric": _numeric}
+    environment.filters |= {"shown": shown, "numeric": _numeric, "arguments": _arguments}
     script = (_FOLDER / "script.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("template.html").render(
@@ -111,6 +112,11 @@ def _drawn(figure: Figure) -> _Drawn:
             }
         )
     return _Drawn(figure, svg, drawing.get_figwidth() * _POINTS, data)
+
+
+def _arguments(command: str) -> list[str]:
+    """The command's words, each as a shell takes it."""
+    return [shlex.quote(one) for one in shlex.split(command)]
 
 
 def _numeric(table: Table, column: int) -> bool:

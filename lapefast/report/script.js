@@ -75,7 +75,8 @@ function sort(head, column) {
   const body = head.closest("table").tBodies[0];
   const descending = head.getAttribute("aria-sort") === "ascending";
   const text = (row) => row.cells[column].textContent.trim();
-  const number = (row) => (text(row) ? Number(text(row).replace("∞", "Infinity")) : -Infinity);
+  const number = (row) =>
+    text(row) ? Number(text(row).replace("∞", "Infinity").replaceAll("\u2212", "-")) : -Infinity;
   const numeric = head.classList.contains("number");
   const order = numeric
     ? (a, b) => (number(a) === number(b) ? 0 : number(a) - number(b))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,14 @@ class Section:
 
     Attributes:
         title: its heading.
+        text: a sentence under it.
         tables: caption -> table.
         figures: in order.
         commands: to copy.
     """
 
     title: str
+    text: str = ""
     tables: Mapping[str, Table] = field(default_factory=dict)
     figures: Sequence[Figure] = ()
     commands: Sequence[str] = ()
@@ -97,9 +100,9 @@ def sections(inputs: Inputs) -> list[Section]:
 
 def _sections(inputs: Inputs) -> Iterator[Section | None]:
     yield _measured(inputs)
-    for number, (name, neurons) in enumerate(inputs.neurons.items(), 1):
-        several = len(inputs.neurons) > 1
-        yield _neurons(name, neurons, f"-{number}" if several else "")
+    suffixes = _suffixes(inputs.neurons)
+    for name, neurons in inputs.neurons.items():
+        yield _neurons(name, neurons, suffixes[name])
     if len(inputs.neurons) > 1:
         yield Section("Methods compared", figures=[methods(inputs.neurons)])
     yield from _distributions(inputs)
@@ -116,27 +119,9 @@ def _sections(inputs: Inputs) -> Iterator[Section | None]:
 
 def _measured(inputs: Inputs) -> Section:
     tables = {}
-    profile = inputs.profile
-    if profile is not None:
-        corpora = profile.metadata.get("corpora", ())
-        tokens = dict(zip(profile.labels, profile.tokens.tolist(), strict=True))
-        tables["Texts"] = Table(
-            ["label", "tokens", "corpora"],
-            [
-                [
-                    label,
-                    count,
-                    ", ".join(
-                        dict.fromkeys(
-                            public_name(one["source"])
-                            for one in corpora
-                            if one["label"] == label and one["source"] is not None
-                        )
-                    ),
-                ]
-                for label, count in tokens.items()
-            ],
-        )
+    texts = _texts(inputs)
+    if texts.rows:
+        tables["Texts"] = texts
     settings = [
         [name, setting, _brief(value)]
         for name, metadata in inputs.described().items()
@@ -150,16 +135,67 @@ def _measured(inputs: Inputs) -> Section:
     ]
     if settings:
         tables["Settings and versions"] = Table(["of", "setting", "value"], settings)
-    return Section("What was measured", tables, commands=commands(inputs.described(), inputs.files))
+    return Section(
+        "What was measured", tables=tables, commands=commands(inputs.described(), inputs.files)
+    )
+
+
+def _texts(inputs: Inputs) -> Table:
+    """What each input was measured on, label by label; columns that would be empty are left out."""
+    rows = []
+    for name, metadata in inputs.described().items():
+        corpora = metadata.get("corpora") or ()
+        tokens: dict[str, int] = {}
+        if name == "profile":
+            tokens = dict(zip(inputs.profile.labels, inputs.profile.tokens.tolist(), strict=True))
+        elif name == "matrix":
+            tokens = dict(zip(inputs.matrix.columns, inputs.matrix.tokens, strict=True))
+        done = {"cut": "cut", "drop": "dropped"}.get(metadata.get("longer"), "")
+        for label in dict.fromkeys([*tokens, *(one["label"] for one in corpora)]):
+            own = [one for one in corpora if one["label"] == label]
+            documents, longer = (
+                sum(one[key] for one in own) if own and all(key in one for one in own) else None
+                for key in ("documents", "longer")
+            )
+            sources = [public_name(one["source"]) for one in own if one.get("source") is not None]
+            rows.append(
+                [
+                    name,
+                    label,
+                    tokens.get(label),
+                    documents,
+                    None if longer is None else f"{longer} {done}".strip(),
+                    ", ".join(dict.fromkeys(sources)) or None,
+                ]
+            )
+    header = ["of", "label", "tokens", "documents", "longer documents", "corpora"]
+    kept = [place for place in range(6) if any(row[place] is not None for row in rows)]
+    return Table([header[one] for one in kept], [[row[one] for one in kept] for row in rows])
 
 
 def _neurons(name: str, neurons: NeuronSets, suffix: str) -> Section:
-    figures = [
-        neuron_figures.counts(neurons, f"neurons{suffix}"),
-        neuron_figures.overlap(neurons, f"overlap{suffix}"),
-        neuron_figures.intersections(neurons, f"intersections{suffix}"),
-    ]
-    return Section(f"Neurons: {name}" if suffix else "Neurons", figures=figures)
+    title = f"Neurons: {name}" if suffix else "Neurons"
+    if not any(one.total for one in neurons.values()):
+        return Section(title, "No neuron belongs to any label here.")
+    figures = [neuron_figures.counts(neurons, f"neurons{suffix}")]
+    if len(neurons) > 1:
+        figures += [
+            neuron_figures.overlap(neurons, f"overlap{suffix}"),
+            neuron_figures.intersections(neurons, f"intersections{suffix}"),
+        ]
+    return Section(title, figures=figures)
+
+
+def _suffixes(names: Iterable[str]) -> dict[str, str]:
+    """Name -> what the names of its figures end with, fit for files; nothing for a single one."""
+    names = list(names)
+    suffixes = dict.fromkeys(names, "")
+    for number, name in enumerate(names if len(names) > 1 else (), 1):
+        suffix = "-" + (re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-.")[:40] or str(number))
+        while suffix in suffixes.values():
+            suffix += f"-{number}"
+        suffixes[name] = suffix
+    return suffixes
 
 
 def _distributions(inputs: Inputs) -> Iterator[Section]:
@@ -173,14 +209,15 @@ def _distributions(inputs: Inputs) -> Iterator[Section]:
         if one.metadata.get("method") == "lape"
     }
     by = "LAPE" if made else "LAPE, with its published constants"
-    for number, (name, parameters) in enumerate((made or {"": {}}).items(), 1):
+    made = made or {"": {}}
+    suffixes = _suffixes(made)
+    for name, parameters in made.items():
         if not isinstance(parameters, dict):
             raise InputError(f"the neurons {name} lack LAPE's parameters; identify them again")
-        several = len(made) > 1
         found = criteria(profile, **{key: parameters[key] for key in _RATES if key in parameters})
-        suffix = f"-{number}" if several else ""
+        suffix = suffixes[name]
         yield Section(
-            f"Distributions and thresholds of {by}" + (f": {name}" if several else ""),
+            f"Distributions and thresholds of {by}" + (f": {name}" if suffix else ""),
             figures=[
                 lape_figures.entropies(found, f"entropy{suffix}"),
                 lape_figures.probabilities(found, f"probability{suffix}"),
@@ -189,6 +226,9 @@ def _distributions(inputs: Inputs) -> Iterator[Section]:
 
 
 def _experts(experts: Experts) -> Section:
+    if len(experts.labels) == 1:
+        frequency = expert_figures.frequencies(experts.labels, experts.frequency.numpy())
+        return Section("Experts", figures=[frequency])
     # Labels whose experts are alike stand together.
     order = experts.order()
     rows = [experts.labels.index(label) for label in order]
@@ -209,8 +249,8 @@ def _experts(experts: Experts) -> Section:
             order,
             jaccard,
             "Jaccard index of experts",
-            "Experts that two labels choose most often: the shared ones as a share of all that "
-            "either chooses most often.",
+            "Experts that two labels choose most often, whether other labels choose them too or "
+            "not: the shared ones as a share of all that either chooses most often.",
             "experts-jaccard",
         ),
     ]

@@ -9,6 +9,8 @@ import pytest
 from browser import PROGRAM, browser
 from report_inputs import LABELS
 
+from lapefast.neurons import NeuronSets
+from lapefast.neurons.layout import Layout
 from lapefast.report import Inputs, write_report
 from lapefast.report.figures.matrix import changes
 
@@ -24,6 +26,7 @@ pytestmark = [
 
 VIEWS = [(width, theme) for width in (360, 1280) for theme in ("light", "dark")]
 MATRIX = "document.getElementById('matrix')"
+MINUS = "\u2212"
 VALUE = "document.getElementById('value')"
 
 
@@ -110,9 +113,9 @@ def test_hovering_over_a_cell_says_its_value(page, file, matrix, width):
             point_at(page, x, y)
             change = matrix.changes()[row, column]
             least, largest = matrix.random_changes()[row, column]
+            values = f"{change:+.4g}, random sets {least:+.4g} to {largest:+.4g}"
             assert said(page) == (
-                f"without {LABELS[row]}, text {LABELS[column]}: {change:+.4g}, "
-                f"random sets {least:+.4g} to {largest:+.4g}"
+                f"without {LABELS[row]}, text {LABELS[column]}: {values.replace('-', MINUS)}"
             )
     inside = page.evaluate(
         f"(({{left, right}}) => left >= 0 && right <= innerWidth)({VALUE}.getBoundingClientRect())"
@@ -157,19 +160,47 @@ def test_tables_hold_the_inputs_and_sort(page, file, matrix):
     table = f"{MATRIX}.querySelector('table')"
     read = f"[...{table}.tBodies[0].rows].map((row) => [...row.cells].map((c) => c.textContent))"
     given = changes(matrix).table.rows
-    assert page.evaluate(read) == [[*row[:2], *(f"{one:.4g}" for one in row[2:])] for row in given]
+    assert page.evaluate(read) == [[*row[:2], *map(written, row[2:])] for row in given]
     head = f"{table}.tHead.rows[0].cells[4]"
     for order in ("ascending", "descending"):
         page.evaluate(f"{head}.querySelector('button').click()")
         assert page.evaluate(f"{head}.getAttribute('aria-sort')") == order
         expected = sorted((row[4] for row in given), reverse=order == "descending")
-        assert [row[4] for row in page.evaluate(read)] == [f"{one:.4g}" for one in expected]
+        assert [row[4] for row in page.evaluate(read)] == [written(one) for one in expected]
     page.evaluate(f"{table}.tHead.rows[0].cells[0].querySelector('button').click()")
     assert page.evaluate(f"{table}.querySelectorAll('[aria-sort]').length") == 1
     # Sorting is stable: within a label, changes stay in the order that they had.
     rows = [row for row in page.evaluate(read) if row[0] == LABELS[0]]
     own = sorted((row[4] for row in given if row[0] == LABELS[0]), reverse=True)
-    assert [row[4] for row in rows] == [f"{one:.4g}" for one in own]
+    assert [row[4] for row in rows] == [written(one) for one in own]
+
+
+def test_on_paper_charts_and_tables_fit_and_settings_are_open(page, profile, experts, tmp_path):
+    path = tmp_path / "report.html"
+    layers = [f"layers.{layer}.mlp" for layer in range(80)]
+    sets = NeuronSets({"en": {layers[0]: [1]}, "zh": {}}, Layout(tuple(layers)))
+    profile.metadata["notes"] = ["a note", *map(str, range(12))]
+    write_report(path, Inputs(profile, {"long": sets}, experts=experts))
+    page.open(path, 718, "light")  # A4 less its margins
+    page.send("Emulation.setEmulatedMedia", media="print")
+    cut = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > 718).length"
+    note = "[...document.querySelectorAll('td')].find((one) => one.textContent === 'a note')"
+    assert page.evaluate(cut) == 0
+    assert page.evaluate(f"{note}.checkVisibility({{ contentVisibilityAuto: true }})")
+    page.send("Emulation.setEmulatedMedia", media="")
+    assert not page.evaluate(f"{note}.checkVisibility({{ contentVisibilityAuto: true }})")
+
+
+def test_a_command_breaks_between_its_words(page, profile, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(path, Inputs(profile, files={"profile": "p.safetensors"}))
+    page.open(path, 360, "light")
+    words = "[...document.querySelectorAll('pre bdi')]"
+    # One that is longer than the window must break within.
+    short = f"{words}.filter((one) => one.textContent.length < 30)"
+    lines = f"{short}.map((one) => one.getBoundingClientRect().height)"
+    assert len(set(page.evaluate(lines))) == 1
+    assert page.evaluate(f"{words}[3].textContent").startswith("--corpus=")
 
 
 def test_no_label_became_an_element(page, file):
@@ -177,6 +208,10 @@ def test_no_label_became_an_element(page, file):
     assert page.evaluate("[...document.scripts].filter((one) => !one.type).length") == 1
     tables = page.evaluate("[...document.querySelectorAll('td')].map((one) => one.textContent)")
     assert set(LABELS) <= set(tables)
+
+
+def written(value: float) -> str:
+    return f"{value:.4g}".replace("-", MINUS)
 
 
 def luminance(colour: str) -> float:

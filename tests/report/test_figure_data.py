@@ -18,6 +18,7 @@ from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
 from lapefast.report.figures import experts, sharing, sweep
 from lapefast.report.figures import lape as lape_figures
+from lapefast.report.figures.figure import readable
 from lapefast.report.figures.matrix import changes
 from lapefast.report.figures.methods import methods
 from lapefast.report.figures.neurons import counts, intersections, overlap
@@ -169,7 +170,71 @@ def test_shares_of_categories_are_spoken_layer_by_layer():
     mean = np.array([[0.25, 0.5], [0.75, 0.5]])
     figure = sharing.categories(["all-shared", "specific"], mean, mean - 0.1, mean + 0.1)
     assert figure.table.rows[3] == [1, "specific", 0.5, 0.4, 0.6]
-    assert figure.grids[0].values[0].startswith("all-shared 25.0% (15.0% to 35.0%), specific 75")
+    grid = figure.grids[1]
+    assert (grid.rows, grid.columns[1], grid.values[1]) == (
+        ["specific"],
+        "layer 1",
+        "50.0% (40.0% to 60.0%)",
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 80])
+def test_each_category_is_drawn_in_a_panel_from_0_to_1(layers):
+    mean = np.full((4, layers), 0.25)
+    drawing = sharing.categories(list("abcd"), mean, mean - 0.2, mean + 0.7).draw(True)
+    assert [axes.get_title("left") for axes in drawing.axes] == list("abcd")
+    for axes in drawing.axes:
+        assert axes.get_ylim() == (0, 1)
+        band, line = (patch.get_data() for patch in axes.patches)
+        # Sums and differences of three numbers: a unit or two of their last place.
+        np.testing.assert_allclose(band.values, [0.95] * layers, atol=1e-15, rtol=0)
+        np.testing.assert_allclose(band.baseline, [0.05] * layers, atol=1e-15, rtol=0)
+        np.testing.assert_array_equal(line.values, mean[0])
+
+
+def test_sites_that_are_no_layers_are_named():
+    figure = counts(sets(Layout(("0.mlp", "0.q")), x={"0.q": [1]}))
+    assert figure.table.header == ["position", "site", "x"]
+    assert figure.table.rows[1] == [1, "0.q", 1]
+    assert list(figure.grids[0].columns) == ["site 0.mlp", "site 0.q"]
+
+
+def test_methods_are_drawn_by_their_whole_names_and_colours_reach_to_the_largest():
+    names = ["average-precision", "average-precision of another file"]
+    given = [sets(x={"a": [0, 1, 2]}), sets(x={"a": [2, 3, 4]})]
+    axes, bar = methods(dict(zip(names, given, strict=True))).draw(True).axes
+    assert [one.get_text() for one in axes.get_yticklabels()] == [" × ".join(names)]
+    assert axes.images[0].get_clim() == (0, 1 / 5)
+
+
+@pytest.mark.parametrize("count", [2, 13, 30])
+def test_every_label_is_named_and_every_cell_of_labels_has_its_number(count):
+    labels = [f"label {one}" for one in range(count)]
+    values = np.random.default_rng(0).random((count, count))
+    axes, _ = experts.similarities(labels, values, "t", "c", "n").draw(True).axes
+    assert [one.get_text() for one in axes.get_xticklabels()] == labels
+    assert [one.get_text() for one in axes.texts] == [f"{value:.2f}" for value in values.flat]
+
+
+def test_experts_that_are_several_labels_are_said_to_be_left_out():
+    given = NeuronSets({"x": {"a": [0]}, "y": {}}, LAYOUT, {"parameters": {"only": True}})
+    assert "no two labels share any" in overlap(given).caption
+    assert "no two labels share any" not in overlap(sets(x={}, y={})).caption
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "said"),
+    [
+        (-0.001, "+.2f", "0.00"),
+        (0.0, "+.2f", "0.00"),
+        (-0.0, ".4g", "0"),
+        (-12.345, "+.2f", "\u221212.35"),
+        (12.5, "+.2f", "+12.50"),
+        (-1e-7, ".4g", "\u22121e\u221207"),
+    ],
+)
+def test_numbers_have_a_minus_sign_and_zero_has_none(value, form, said):
+    assert readable(value, form) == said
 
 
 def test_a_figure_is_saved_as_png_svg_and_csv(tmp_path, matrix):

@@ -13,9 +13,11 @@ from xml.etree import ElementTree
 import pytest
 from report_inputs import LABELS
 
+from lapefast.detect import Experts
 from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets
 from lapefast.report import Inputs, write_report
+from lapefast.report.sections import sections
 
 SCRIPT = LABELS[3]
 
@@ -117,7 +119,7 @@ def test_no_two_elements_have_one_id_and_every_reference_is_met(page):
 
 def test_every_figure_has_a_caption_a_description_and_its_data(page):
     figures = re.findall("<figure.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 16
+    assert len(figures) == 14
     for figure in figures:
         (svg,) = re.findall("<svg.*?</svg>", figure, re.DOTALL)
         root = ElementTree.fromstring(svg)
@@ -150,8 +152,8 @@ def test_files_and_models_are_named_without_their_directories(inputs, tmp_path):
 
 
 def test_commands_are_those_that_the_settings_tell(page):
-    (commands,) = re.findall('<pre dir="ltr">(.*?)</pre>', page, re.DOTALL)
-    profile, identify, evaluate = html.unescape(commands).splitlines()
+    commands = re.findall("<code>(.*?)</code>", page)
+    profile, identify, evaluate = (html.unescape(re.sub("<.*?>", "", one)) for one in commands)
     assert profile.startswith("lapefast profile some/model --corpus=en=0.txt ")
     assert f"'--corpus={SCRIPT}=3.txt' --threshold=0.0 -o p.safetensors" in profile
     rates = "--top-rate=0.2 --filter-rate=0.5 --activation-bar-ratio=0.6 --form=paper"
@@ -166,6 +168,43 @@ def test_figures_are_written_beside_the_page(inputs, tmp_path):
     assert written[0] == tmp_path / "r.html"
     assert {path.name for path in written[1:]} == {"matrix.png", "matrix.svg", "matrix.csv"}
     assert all(path.stat().st_size for path in written)
+
+
+def test_figures_of_several_methods_carry_their_names(inputs):
+    found = {name: inputs.neurons["lape"] for name in ("lape", "a/b", "a b", "中文", "../..")}
+    names = [one.name for section in sections(Inputs(neurons=found)) for one in section.figures]
+    suffixes = ["lape", "a-b", "a-b-3", "4", "5"]
+    assert [one for one in names if one.startswith("neurons")] == [f"neurons-{s}" for s in suffixes]
+
+
+def test_texts_of_every_input_are_listed(inputs):
+    documents = [
+        {"label": label, "source": "v.txt", "documents": 9, "longer": 2} for label in LABELS[:2]
+    ]
+    inputs.neurons["plnd"].metadata |= {"corpora": documents, "longer": "cut"}
+    inputs.experts.metadata |= {"corpora": documents[:1] * 2, "longer": "drop"}
+    table = sections(inputs)[0].tables["Texts"]
+    assert table.header == ["of", "label", "tokens", "documents", "longer documents", "corpora"]
+    assert table.rows == [
+        *(["profile", label, 1000, None, None, f"{at}.txt"] for at, label in enumerate(LABELS)),
+        *(["plnd", label, None, 9, "2 cut", "v.txt"] for label in LABELS[:2]),
+        *(["matrix", label, 9, None, None, None] for label in LABELS),
+        ["experts", LABELS[0], None, 18, "4 dropped", "v.txt"],
+    ]
+    table = sections(Inputs(matrix=inputs.matrix))[0].tables["Texts"]
+    assert table.header == ["of", "label", "tokens"]
+
+
+def test_empty_neuron_sets_are_a_sentence(neurons):
+    (_, section) = sections(Inputs(neurons={"x": NeuronSets({"en": {}, "zh": {}}, neurons.layout)}))
+    assert section.text == "No neuron belongs to any label here."
+    assert not section.figures
+
+
+def test_a_single_label_is_not_compared_with_itself(neurons, experts):
+    one = Experts(["en"], experts.clusters, experts.chosen[:1], experts.tokens[:1])
+    given = Inputs(neurons={"x": NeuronSets({"en": neurons["en"]}, neurons.layout)}, experts=one)
+    assert [f.name for s in sections(given) for f in s.figures] == ["neurons", "experts"]
 
 
 def test_nothing_to_report_is_refused(tmp_path):

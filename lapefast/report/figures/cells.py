@@ -1,8 +1,8 @@
-"""Heat maps: values in rows and columns, each cell with its number where there is room."""
+"""Heat maps: values in rows and columns, each cell with its number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from lapefast.report.figures.style import COLUMN, inches, lettering
 __all__ = ["draw_cells"]
 
 _ROW = 0.23  # inches
-_LOWEST = 1.4  # what the names of the axes need
 _BESIDE = 1.0  # for the colour bar and the name of the axis
-_NUMBERED = 12  # columns whose cells show their numbers
+_FEW = 12  # columns whose numbers need not be small
+_SMALL = 0.8  # of the width of numbers
+_UPRIGHT = 0.13  # inches, a name that stands upright
 _DARK = "#111111"  # of numbers on light cells, whatever the page's colour is
 
 
@@ -29,6 +30,8 @@ def draw_cells(
     titles: tuple[str, str, str],
     marked: Set[tuple[int, int]] = frozenset(),
     escape: bool = True,
+    whole: Collection[str] = (),
+    numbered: bool = True,
 ) -> Figure:
     """A heat map.
 
@@ -39,15 +42,19 @@ def draw_cells(
         colours: `cmap`, `vmin` and `vmax`.
         titles: of the columns' axis, of the rows' and of the colour bar.
         marked: (row, column) of cells whose number is bold.
-        escape: see `lettering`.
+        escape, whole: see `lettering`.
+        numbered: whether cells show their numbers; else not every column is named either.
     """
-    with lettering(rows, columns, escape=escape) as (rows, columns):
-        numbered = len(columns) <= _NUMBERED
+    with lettering(rows, columns, escape=escape, whole=whole) as (rows, columns):
+        few = len(columns) <= _FEW
         step = 1 if numbered else max(1, len(columns) // 8)
         beside = _BESIDE + inches(rows)
-        width = max(COLUMN, beside + (inches(texts) * len(columns) if numbered else COLUMN / 2))
+        cell = max(_UPRIGHT, inches(texts) * (1 if few else _SMALL))
+        width = max(COLUMN, beside + (cell * len(columns) if numbered else COLUMN / 2))
         upright = inches(columns) > step * (width - beside) / len(columns)
-        height = max(_LOWEST, 0.55 + _ROW * len(rows)) + (inches(columns) if upright else 0)
+        # The rows, or the names of the axis and the colour bar beside them.
+        height = 0.55 + max(_ROW * len(rows), inches(titles[1:]))
+        height += inches(columns) if upright else 0
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(
@@ -55,7 +62,7 @@ def draw_cells(
         )
         image.set_cmap(image.cmap.with_extremes(bad="#bbbbbb"))
         if numbered:
-            _write_numbers(axes, image, values, texts, marked)
+            _write_numbers(axes, image, values, texts, marked, 6 if few else 5)
         axes.set_xticks(range(0, len(columns), step), columns[::step])
         axes.tick_params("x", rotation=90 if upright else 0)
         axes.set_yticks(range(len(rows)), rows)
@@ -74,6 +81,7 @@ def _write_numbers(
     values: np.ndarray,
     texts: Sequence[str],
     marked: Set[tuple[int, int]],
+    size: int,
 ) -> None:
     for (place, value), text in zip(np.ndenumerate(values), texts, strict=True):
         red, green, blue, _ = image.cmap(image.norm(value))
@@ -84,7 +92,7 @@ def _write_numbers(
             text,
             ha="center",
             va="center",
-            fontsize=6,
+            fontsize=size,
             color="white" if dark else _DARK,
             fontweight="bold" if place in marked else "normal",
         )

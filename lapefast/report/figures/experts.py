@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from lapefast.report.figures.cells import draw_cells
-from lapefast.report.figures.figure import Figure, Grid, Table
+from lapefast.report.figures.figure import Figure, Grid, Table, readable
 from lapefast.report.figures.style import COLUMN, lettering
 
 __all__ = ["frequencies", "similarities"]
@@ -44,6 +45,7 @@ def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "exper
                 )
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")
                 axes.set_yticks([0, layers - 1] if layers > 1 else [0])
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.tick_params(length=0)
                 axes.spines[:].set_visible(False)
             panels[-1].set_xlabel("expert (rows: layers)")
@@ -79,7 +81,7 @@ def similarities(
     labels: Sequence[str], values: np.ndarray, title: str, caption: str, name: str
 ) -> Figure:
     """How alike labels are by their experts: [labels, labels], 1 of a label and itself."""
-    texts = [f"{value:.2f}" for value in values.flat]
+    texts = [readable(value, ".2f") for value in values.flat]
     rows = [
         [a, b, float(values[i, j])]
         for i, a in enumerate(labels)
@@ -100,5 +102,5 @@ def similarities(
         )
 
     table = Table(["label", "other label", title], rows)
-    spoken = [f"{value:.4g}" for value in values.flat]
+    spoken = [readable(value, ".4g") for value in values.flat]
     return Figure(name, title, caption, table, draw, [Grid(labels, labels, spoken)])

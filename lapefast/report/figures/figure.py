@@ -14,7 +14,7 @@ import matplotlib.figure
 from lapefast.files import write_atomically
 from lapefast.report.figures.style import write
 
-__all__ = ["Figure", "Grid", "Table", "shown"]
+__all__ = ["Figure", "Grid", "Table", "readable", "shown"]
 
 Cell = str | int | float | None
 """None is a value that there is not."""
@@ -80,5 +80,11 @@ def shown(value: Cell) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "∞"
+        return readable(value, ".4g") if math.isfinite(value) else "∞"
     return str(value)
+
+
+def readable(value: float, form: str) -> str:
+    """A number with a minus sign for a hyphen, and no sign where nothing but zeros is left."""
+    text = format(value, form)
+    return (text if float(text) else text.lstrip("+-")).replace("-", "\u2212")

@@ -7,7 +7,7 @@ import numpy as np
 
 from lapefast.evaluate.matrix import PerplexityMatrix
 from lapefast.report.figures.cells import draw_cells
-from lapefast.report.figures.figure import Figure, Grid, Table
+from lapefast.report.figures.figure import Figure, Grid, Table, readable
 
 __all__ = ["changes"]
 
@@ -16,7 +16,7 @@ def changes(matrix: PerplexityMatrix, name: str = "matrix") -> Figure:
     """How the perplexity of each label's text changes without each label's neurons."""
     values = matrix.changes().numpy()
     bound = max(float(np.abs(values).max()), 1e-12)
-    texts = [f"{value:+.2f}" if bound < 10 else f"{value:+.0f}" for value in values.flat]
+    texts = [readable(value, "+.2f") for value in values.flat]
     edited, columns = matrix.rows[1:], matrix.columns
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
@@ -45,7 +45,10 @@ def changes(matrix: PerplexityMatrix, name: str = "matrix") -> Figure:
         for row, label in enumerate(edited)
         for column, text in enumerate(columns)
     ]
-    spoken = [f"{row[4]:+.4g}, random sets {row[5]:+.4g} to {row[6]:+.4g}" for row in rows]
+    spoken = [
+        "{}, random sets {} to {}".format(*(readable(value, "+.4g") for value in row[4:]))
+        for row in rows
+    ]
     header = ["without neurons of", "text", "perplexity, unedited", "perplexity, edited"]
     header += ["change", "least change by a random set", "largest change by a random set"]
     return Figure(

@@ -49,7 +49,8 @@ def methods(found: Mapping[str, NeuronSets], name: str = "methods") -> Figure:
                     f"{mine} and {theirs} neurons, {both} shared, Jaccard {index:.3f}"
                 )
     texts = ["–" if np.isnan(value) else f"{value:.2f}" for value in values.flat]
-    names = [f"{a} / {b}" for a, b in pairs]
+    names = [f"{a} × {b}" for a, b in pairs]
+    largest = float(np.nanmax(values, initial=0)) or 1.0
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
         return draw_cells(
@@ -57,9 +58,10 @@ def methods(found: Mapping[str, NeuronSets], name: str = "methods") -> Figure:
             texts,
             names,
             labels,
-            {"cmap": "cividis", "vmin": 0, "vmax": 1},
+            {"cmap": "cividis", "vmin": 0, "vmax": largest},
             ("label", "methods", "Jaccard index"),
             escape=escape,
+            whole=names,
         )
 
     header = ["label", "method", "other method", "neurons", "other's neurons", "shared"]
@@ -67,7 +69,8 @@ def methods(found: Mapping[str, NeuronSets], name: str = "methods") -> Figure:
         name,
         "Method against method",
         "Jaccard index of the neurons that two methods find for a label: the shared ones as a "
-        "share of all that either finds, among the sites where both look.",
+        "share of all that either finds, among the sites where both look. Colours reach from 0 to "
+        "the largest.",
         Table([*header, "Jaccard index"], rows),
         draw,
         [Grid(names, labels, spoken)],

@@ -15,6 +15,7 @@ from lapefast.report.figures.style import COLOURS, COLUMN, inches, lettering
 
 __all__ = ["counts", "intersections", "members", "overlap", "overlaps"]
 
+_NUMBERED = {"layer": 12, "site": 32}  # at most, for each cell to show its number
 _MOST = 20  # intersections shown
 _ROW = 0.16  # inches
 _TOP = 1.1
@@ -24,32 +25,31 @@ def counts(neurons: NeuronSets, name: str = "neurons") -> Figure:
     """How many neurons each label has in each layer."""
     values = np.array([[len(layer) for layer in neurons.layers(label)] for label in neurons])
     texts = [str(count) for count in values.flat]
-    word = _word(neurons)
-    positions = [str(position) for position in range(len(neurons.sites))]
-    totals = [[word, "site", *neurons.labels]]
-    rows = [
-        [position, str(site), *values[:, position].tolist()]
-        for position, site in enumerate(neurons.sites)
-    ]
+    word, sites = _word(neurons), [str(site) for site in neurons.sites]
+    columns = sites if word == "site" else [str(layer) for layer in range(len(sites))]
+    header = ["position" if word == "site" else word, "site", *neurons.labels]
+    rows = [[position, site, *values[:, position].tolist()] for position, site in enumerate(sites)]
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
         return draw_cells(
             values,
             texts,
             neurons.labels,
-            positions,
+            columns,
             {"cmap": "Blues", "vmin": 0, "vmax": max(1, int(values.max()))},
             (word, "label", "neurons"),
             escape=escape,
+            whole=columns,
+            numbered=len(columns) <= _NUMBERED[word],
         )
 
     return Figure(
         name,
         f"Neurons per {word} and label",
-        f"How many neurons belong to each label, by {word} in the model's order.",
-        Table(totals[0], rows),
+        f"How many neurons belong to each label, by {word} in the order of the file.",
+        Table(header, rows),
         draw,
-        [Grid(neurons.labels, [f"{word} {one}" for one in positions], texts)],
+        [Grid(neurons.labels, [f"{word} {one}" for one in columns], texts)],
     )
 
 
@@ -77,6 +77,11 @@ def overlap(neurons: NeuronSets, name: str = "overlap") -> Figure:
             escape,
         )
 
+    apart = (
+        " Of experts that are several labels' no neuron is counted, so no two labels share any."
+        if (neurons.metadata.get("parameters") or {}).get("only")
+        else ""
+    )
     spoken = [
         f"{count} shared, Jaccard {'undefined' if np.isnan(index) else f'{index:.3f}'}"
         for count, index in zip(both.flat, jaccard.flat, strict=True)
@@ -85,7 +90,8 @@ def overlap(neurons: NeuronSets, name: str = "overlap") -> Figure:
         name,
         "Neurons that two labels share",
         "Numbers: neurons that belong to both labels, and on the diagonal all of a label's. "
-        "Colour: their Jaccard index, the shared ones as a share of all that belong to either.",
+        "Colour: their Jaccard index, the shared ones as a share of all that belong to "
+        f"either.{apart}",
         Table(["label", "other label", "shared neurons", "Jaccard index"], rows),
         draw,
         [Grid(labels, labels, spoken)],

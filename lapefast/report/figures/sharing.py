@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from lapefast.report.figures.figure import Figure, Grid, Table
-from lapefast.report.figures.style import COLOURS, COLUMN, HATCHES, lettering
+from lapefast.report.figures.style import COLOURS, COLUMN, lettering
 
 __all__ = ["categories"]
+
+_PANEL = 0.75  # inches
 
 
 def categories(
@@ -20,7 +23,7 @@ def categories(
     largest: np.ndarray,
     name: str = "sharing",
 ) -> Figure:
-    """Stacked bars of the categories' shares per layer, with their ranges over examples.
+    """A panel per category: its share per layer, with the range over examples.
 
     Args:
         names: of the categories.
@@ -28,41 +31,26 @@ def categories(
         name: of the figure.
     """
     layers = mean.shape[1]
-    below = np.cumsum(mean, axis=0) - mean
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
         with lettering(names, escape=escape) as (drawn,):
-            width = max(COLUMN, 0.6 + 0.14 * layers)
-            figure = matplotlib.figure.Figure((width, 2.3), layout="constrained")
-            axes = figure.add_subplot()
-            places = np.arange(layers)
-            for row, category in enumerate(drawn):
-                axes.bar(
-                    places,
-                    mean[row],
-                    width=0.8,
-                    bottom=below[row],
-                    color=COLOURS[row % len(COLOURS)],
-                    hatch=HATCHES[row % len(HATCHES)],
-                    edgecolor="black",
-                    linewidth=0.3,
-                    label=category,
+            height = 0.35 + _PANEL * len(names)
+            figure = matplotlib.figure.Figure((COLUMN, height), layout="constrained")
+            panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+            edges = np.arange(layers + 1) - 0.5
+            for row, (axes, category) in enumerate(zip(panels, drawn, strict=True)):
+                colour = COLOURS[row % len(COLOURS)]
+                axes.stairs(
+                    largest[row], edges, baseline=least[row], fill=True, color=colour, alpha=0.35
                 )
-                # Beside each other, since the ranges of stacked bars would cover each other.
-                axes.vlines(
-                    places + 0.6 * ((row + 1) / (len(drawn) + 1) - 0.5),
-                    below[row] + least[row],
-                    below[row] + largest[row],
-                    color="black",
-                    linewidth=0.6,
-                )
-            axes.set_xlim(-0.5, layers - 0.5)
-            axes.set_ylim(0)
-            axes.set_xticks(places[:: max(1, layers // 8)])
-            axes.set_xlabel("layer")
-            axes.set_ylabel("share of neurons")
-            axes.spines[["top", "right"]].set_visible(False)
-            figure.legend(loc="outside upper center", ncols=2, frameon=False)
+                axes.stairs(mean[row], edges, baseline=None, color=colour, linewidth=1.2)
+                axes.set_title(category, loc="left", fontsize=7, pad=2)
+                axes.spines[["top", "right"]].set_visible(False)
+            panels[-1].set_xlim(-0.5, layers - 0.5)
+            panels[-1].set_ylim(0, 1)
+            panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+            panels[-1].set_xlabel("layer")
+            figure.supylabel("share of neurons", fontsize=7)
         return figure
 
     rows = [
@@ -70,20 +58,24 @@ def categories(
         for layer in range(layers)
         for row, category in enumerate(names)
     ]
-    spoken = [
-        ", ".join(
-            f"{category} {mean[row, layer]:.1%} ({least[row, layer]:.1%} to "
-            f"{largest[row, layer]:.1%})"
-            for row, category in enumerate(names)
+    columns = [f"layer {layer}" for layer in range(layers)]
+    grids = [
+        Grid(
+            [category],
+            columns,
+            [
+                f"{mean[row, layer]:.1%} ({least[row, layer]:.1%} to {largest[row, layer]:.1%})"
+                for layer in range(layers)
+            ],
         )
-        for layer in range(layers)
+        for row, category in enumerate(names)
     ]
     return Figure(
         name,
         "Sharing per layer",
-        "Mean share of a layer's neurons in each category. Lines: the range over examples, from "
-        "the foot of the category's bar.",
+        "The share of a layer's neurons in each category. Line: the mean over examples; band: from "
+        "the least to the largest of an example.",
         Table(["layer", "category", "mean", "least", "largest"], rows),
         draw,
-        [Grid([""], [f"layer {layer}" for layer in range(layers)], spoken)],
+        grids,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -36,16 +36,22 @@ _CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points tak
 
 
 @contextmanager
-def lettering(*names: Sequence[str], escape: bool = True) -> Iterator[list[list[str]]]:
+def lettering(
+    *names: Sequence[str], escape: bool = True, whole: Collection[str] = ()
+) -> Iterator[list[list[str]]]:
     """The style in which to draw, and the names as they are drawn: long ones are shortened.
 
     Args:
         names: the labels that the figure shows.
         escape: characters that no installed font has are escaped; a browser may have one.
+        whole: names that are not shortened.
     """
     families, drawn = drawable(*names, escape=escape)
     with matplotlib.rc_context({**STYLE, "font.family": families}):
-        yield [[_shortened(name) for name in some] for some in drawn]
+        yield [
+            [new if name in whole else _shortened(new) for name, new in zip(*both, strict=True)]
+            for both in zip(names, drawn, strict=True)
+        ]
 
 
 def inches(texts: Sequence[str]) -> float:
