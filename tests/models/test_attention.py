@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from families import IDS, by_name
 from transformers import AttentionInterface
 
@@ -12,9 +13,13 @@ from lapefast.models.attention import projections_of, watching_attention
 from lapefast.models.linears import find_linears
 
 NAMES = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt-neox", "opt", "bert",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt-neox", "opt",
     "gpt-bigcode",
 ]  # fmt: skip
+
+
+if int(transformers.__version__.partition(".")[0]) >= 5:  # before, it did not look attention up
+    NAMES.append("bert")
 
 
 def watched(model, ids=IDS):
@@ -109,10 +114,9 @@ def test_another_model_runs_as_ever_meanwhile():
 def test_an_eager_attention_is_watched_too():
     model = by_name("llama").build()
     model.set_attn_implementation("eager")
-    try:
-        calls, _, _ = watched(model)
-    except InputError as error:
-        pytest.skip(f"transformers of this version: {error}")
+    calls, _, _ = watched(model)
+    if not calls and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 calls an eager attention without looking it up")
     assert len(calls) == model.config.num_hidden_layers
 
 
