@@ -264,8 +264,9 @@ def test_a_steered_model_is_profiled_as_edited(llama):
 
 def test_memory_of_a_pass_does_not_grow_with_the_corpus(llama):
     def peak(rows):
+        listed = rows.tolist()  # the text, which is the caller's
         tracemalloc.start()
-        profiled(llama, {"en": iter(rows.tolist())}, seq_len=12, batch_size=2)
+        profiled(llama, {"en": iter(listed)}, seq_len=12, batch_size=2)
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest
