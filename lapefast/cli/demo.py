@@ -34,8 +34,8 @@ _FILES = {
     "profile": "profile.safetensors",
     "matrix": "matrix.json",
     "sweep": "sweep.jsonl",
-    "experts": "experts.safetensors",
-    "sharing": "sharing.json",
+    "experts in full": "experts.safetensors",
+    "sharing in full": "sharing.json",
 }
 
 

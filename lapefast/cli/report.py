@@ -71,7 +71,7 @@ def report(
             ) from error
         check_output(figures / "figure.png")
     given = {"profile": profile, "matrix": matrix, "sweep": sweep}
-    given |= {"experts": experts, "sharing": sharing}
+    given |= {"experts in full": experts, "sharing in full": sharing}
     codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
     if codes and sweep is None:
         raise InputError(

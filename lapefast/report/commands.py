@@ -42,10 +42,10 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
         elif metadata.get("method") == "lape" and "profile" in files:
             options = _options(metadata.get("parameters") or {}, _IDENTIFY)
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
-        elif metadata.get("method") in _METHODS and name not in ("experts", "sharing"):
+        elif metadata.get("method") in _METHODS and _is_sets(name, files):
             lines.append(["identify", *_method(metadata), "-o", files[name]])
-            if metadata["method"] in ("experts", "sharing") and metadata["method"] in files:
-                lines[-1] += ["--details", files[metadata["method"]]]
+            details = files.get(f"{metadata['method']} in full")
+            lines[-1] += ["--details", details] if details else []
         elif name == "matrix":
             neurons = _neurons(described, files, metadata.get("neurons_method"))
             texts = _corpora(metadata) or [
@@ -126,7 +126,10 @@ def _neurons(
 
 
 def _is_sets(name: str, files: Mapping[str, str]) -> bool:
-    return name in files and name not in ("profile", "matrix", "sweep", "experts", "sharing")
+    return name in files and name not in (
+        *("profile", "matrix", "sweep"),
+        *("experts in full", "sharing in full"),
+    )
 
 
 def _options(metadata: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

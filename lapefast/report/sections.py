@@ -44,8 +44,8 @@ class Inputs:
         pairs: the summary of a sweep.
         experts: how often each label's tokens choose each.
         sharing: categories of neurons by how many labels share them.
-        files: what each came from, for the commands: "profile", "matrix" and so on, or a name of
-            `neurons` -> base name.
+        files: what each came from, for the commands: "profile", "matrix", "sweep",
+            "experts in full", "sharing in full", or a name of `neurons` -> base name.
     """
 
     profile: Profile | None = None
@@ -65,7 +65,7 @@ class Inputs:
     def described(self) -> dict[str, Mapping[str, Any]]:
         """Name -> metadata, of those that have some."""
         known = {"profile": self.profile, **self.neurons, "matrix": self.matrix}
-        known |= {"experts": self.experts, "sharing": self.sharing}
+        known |= {"experts in full": self.experts, "sharing in full": self.sharing}
         return {name: one.metadata for name, one in known.items() if one is not None}
 
 

@@ -189,7 +189,7 @@ def test_texts_of_every_input_are_listed(inputs):
         *(["profile", label, 1000, None, None, f"{at}.txt"] for at, label in enumerate(LABELS)),
         *(["plnd", label, None, 9, "2 cut", "v.txt"] for label in LABELS[:2]),
         *(["matrix", label, 9, None, None, None] for label in LABELS),
-        ["experts", LABELS[0], None, 18, "4 dropped", "v.txt"],
+        ["experts in full", LABELS[0], None, 18, "4 dropped", "v.txt"],
     ]
     table = sections(Inputs(matrix=inputs.matrix))[0].tables["Texts"]
     assert table.header == ["of", "label", "tokens"]

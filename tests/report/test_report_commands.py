@@ -35,7 +35,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("method", PARAMETERS)
 def test_every_method_s_command_is_taken(method):
     metadata = {**ABOUT, "method": method, "parameters": PARAMETERS[method]}
-    measured = {method: "d.json"} if method in ("experts", "sharing") else {}
+    measured = {f"{method} in full": "d.json"} if method in ("experts", "sharing") else {}
     (line,) = commands({"found": metadata}, {"found": "n.json", **measured})
     program, command, *arguments = shlex.split(line)
     assert (program, command) == ("lapefast", "identify")
