@@ -206,7 +206,7 @@ def perplexity_matrix(
         raise InputError(f"a label named {_UNEDITED!r} stands for the unedited model; rename it")
     neurons = neurons.bind(model)
     likelihood = TokenLikelihood(model)
-    texts = _read(model, corpora, tokenizer, seq_len, max_tokens, corpus_options)
+    texts, about = _read(model, corpora, tokenizer, seq_len, max_tokens, corpus_options)
     longest = max(rows.shape[1] for rows in texts.values())
     batch_size = batch_size or fitting_batch_size(model, longest)
     generator = torch.Generator().manual_seed(seed)
@@ -248,6 +248,7 @@ def perplexity_matrix(
             "seed": seed,
             "threads": torch.get_num_threads(),
             "neurons": {label: neurons[label].total for label in neurons},
+            "corpora": about,
             "neurons_method": neurons.metadata.get("method"),
             "lapefast": __version__,
             "torch": torch.__version__,
@@ -299,18 +300,20 @@ def _read(
     seq_len: int | None,
     max_tokens: int | None,
     options: Mapping[str, Any],
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Label -> rows of token ids, and what is said of the texts they come from."""
     length = row_length(model, seq_len)
     opened = open_corpora(
         corpora, tokenizer, seq_len=seq_len, vocab_size=vocabulary_size(model), **options
     )
-    texts = {}
+    texts, about = {}, []
     for corpus in opened:
         with corpus.rows(row_length(model, corpus.row_length or length), max_tokens) as rows:
             texts[corpus.label] = torch.cat(list(rows))
+        about.append(corpus.report.to_json())
         if texts[corpus.label].shape[1] < 2:
             raise InputError(
                 f"label {corpus.label!r}: rows must have at least 2 tokens, since the first of a "
                 "row has no prediction, got 1"
             )
-    return texts
+    return texts, about

@@ -263,7 +263,34 @@ def _sharing(sharing: Sharing) -> Section:
     least, largest = sharing.share_range.unbind(-1)
     names = [category.title for category in Category]
     values = [one.numpy().T for one in (sharing.shares, least, largest)]
-    return Section("Sharing", figures=[sharing_figures.categories(names, *values)])
+    figures = [sharing_figures.categories(names, *values)]
+    if len(sharing.thresholds) > 1:
+        swept = sharing.sweep.numpy()  # [thresholds, layers, categories]
+        figures.append(
+            sharing_figures.categories(
+                names,
+                *(of.T for of in (swept.mean(1), swept.min(1), swept.max(1))),
+                "sharing-thresholds",
+                "Sharing by threshold",
+                "The same where a neuron counts as active above other thresholds. Line: the mean "
+                "over layers; band: from the least to the largest layer.",
+                "threshold",
+                [f"{threshold:g}" for threshold in sharing.thresholds],
+            )
+        )
+    if sharing.contribution is not None:
+        figures.append(
+            sharing_figures.categories(
+                names,
+                *(of.numpy().T for of in sharing.contribution.over_labels()),
+                "sharing-contribution",
+                "Categories of the neurons that contribute most",
+                "The share of each category among the neurons of a layer that contribute most to "
+                "the residual stream. Line: the mean over prompts; band: from the least to the "
+                "largest of a prompt.",
+            )
+        )
+    return Section("Sharing", figures=figures)
 
 
 def _check(inputs: Inputs) -> None:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from report_inputs import LABELS
 
 from lapefast.detect import Experts
+from lapefast.detect.sharing.result import Spread
 from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets
 from lapefast.report import Inputs, write_report
@@ -217,3 +219,23 @@ def test_inputs_of_two_models_are_refused(inputs, tmp_path):
     inputs.matrix.metadata["fingerprint"] = "0" * 64
     with pytest.raises(InputError, match="profile and matrix are of two"):
         write_report(tmp_path / "report.html", inputs)
+
+
+def test_sharing_is_drawn_by_threshold_and_for_what_contributes_most(sharing, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    swept = torch.randint(0, 9, (3, 3, 4), generator=generator)
+    mean = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64) / 4
+    spread = Spread(LABELS[:2], torch.tensor([5, 5]), mean, mean * 0.5, mean * 1.5)
+    given = replace(sharing, thresholds=[0.0, 0.1, 0.25], sweep_counts=swept, contribution=spread)
+    (drawn,) = [s for s in sections(Inputs(sharing=given)) if s.title == "Sharing"]
+    figures = {figure.name: figure for figure in drawn.figures}
+    assert list(figures) == ["sharing", "sharing-thresholds", "sharing-contribution"]
+    shares = given.sweep.mean(1)
+    rows = [row for row in figures["sharing-thresholds"].table.rows if row[1] == "specific"]
+    assert [row[0] for row in rows] == ["0", "0.1", "0.25"]
+    assert [row[2] for row in rows] == pytest.approx(shares[:, 2].tolist())
+    rows = [row for row in figures["sharing-contribution"].table.rows if row[1] == "all-shared"]
+    assert [row[2] for row in rows] == pytest.approx(spread.over_labels()[0][:, 0].tolist())
+    for figure in figures.values():
+        figure.save(tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 3
