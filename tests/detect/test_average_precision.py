@@ -534,7 +534,7 @@ def test_damaged_and_other_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot load"):
         AveragePrecisionNeurons.load(tmp_path / "none.safetensors")
     found.save(tmp_path / "found.json")
-    with pytest.raises(InputError, match="not a average-precision file"):
+    with pytest.raises(InputError, match="not an average-precision file"):
         AveragePrecisionNeurons.load(tmp_path / "found.json")
 
 
