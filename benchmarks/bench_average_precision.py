@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_alone
+from sklearn import metrics
 
 from lapefast.detect.average_precision.scores import average_precision_scores
 
@@ -46,7 +47,6 @@ print(seconds)
 
 @pytest.mark.only_on("cpu", reason="detection runs on the CPU, and `make bench` measures it")
 def test_average_precision_and_a_loop_over_scikit_learn(contest, report, quick):
-    metrics = pytest.importorskip("sklearn.metrics", reason="it is what is compared with")
     labels = np.arange(_TEXTS) < _POSITIVE
     rng = np.random.default_rng(0)
     many, few = (64, 4) if quick else (8192, 256)  # a loop costs the same per unit however long
@@ -85,7 +85,6 @@ def test_all_units_of_a_7b_model(benchmark, report, quick, kind, values):
     The values as they are in practice, 15 GiB of them, would be the disk's benchmark; so time is
     judged on random ones that overlap, and memory on a file of that size that takes no room.
     """
-    pytest.importorskip("sklearn.metrics", reason="the answer is compared with its")
     units = 20_000 if quick else _UNITS
     measured = []
 

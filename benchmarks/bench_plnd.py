@@ -45,7 +45,9 @@ def test_query_and_key_scores(contest, report, device, quick):
 
     def check():
         found, expected = ops.leave_one_out(*given).float(), broadcast(*given)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        # Each map is off by a few spacings of its norm, at most the root of its rows.
+        slack = 8 * torch.finfo(torch.float32).eps * _LENGTH**0.5
+        torch.testing.assert_close(found.sqrt(), expected.sqrt(), rtol=1e-6, atol=slack)
 
     what = f"PLND query and key scores, H*D = {heads * _SIZE}, T = {_LENGTH}"
     timings = contest(

@@ -122,7 +122,8 @@ def test_quantised_weights_are_refused():
 
 
 def test_adapted_weights_are_refused():
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["up_proj"])
     model = peft.get_peft_model(by_name("llama").build(), config)
     with pytest.raises(InputError, match=r"layers\.0\.mlp: .*quantised, adapted or offloaded"):
@@ -657,7 +658,6 @@ def test_neurons_of_one_label_only_leave_out_the_experts_of_others(counted):
 
 
 def test_a_table_has_a_row_for_each_label_layer_and_expert(counted):
-    pytest.importorskip("pandas", reason="pandas is not installed")
     table = counted.to_pandas()
     assert list(table.columns) == ["label", "layer", "expert", "frequency"]
     assert len(table) == 3 * 2 * 4

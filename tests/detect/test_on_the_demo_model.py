@@ -60,9 +60,10 @@ def test_plnd(made, texts):
         scores = [by_hand(model, ids_of(made, text)[0].tolist(), "paper") for text in of]
         for unit in scores[0]:
             every = torch.stack([one[unit] for one in scores])
-            # float32 against float64, of differences of maps in the case of query_key.
+            # float32 against float64 through four layers: a thousand spacings, and of changes of
+            # maps, which are small differences, a few of the map's norm.
             torch.testing.assert_close(
-                found.mean_scores[label][unit], every.mean(0), rtol=1e-3, atol=1e-5
+                found.mean_scores[label][unit], every.mean(0), rtol=1e-4, atol=1e-6
             )
         site, unit = "layers.1.mlp", ("ffn", "layers.1.mlp")
         chosen = [set(one[unit].topk(top["ffn"]).indices.tolist()) for one in scores]

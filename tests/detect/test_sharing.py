@@ -409,7 +409,8 @@ def test_values_that_are_not_finite_are_refused_by_site():
 
 
 def test_attribution_refuses_weights_that_are_not_dense():
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["down_proj"], r=2)
     model = peft.get_peft_model(by_name("llama").build(), config)
     with pytest.raises(InputError, match="attribution=False"):
@@ -580,7 +581,6 @@ def test_a_broken_file_is_refused_in_a_sentence(tmp_path):
 
 
 def test_the_table_has_a_row_per_quantity_label_site_and_category():
-    pytest.importorskip("pandas")
     found = found_by("llama")
     table = found.to_pandas()
     assert len(table) == 2 * 4 * (1 + 3 + 3)

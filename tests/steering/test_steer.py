@@ -6,7 +6,7 @@ import torch
 from families import IDS, VOCABULARY, by_name, shared
 
 import lapefast as lf
-from lapefast import models
+from lapefast import models, ops
 from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
@@ -277,3 +277,20 @@ def test_edited_activations_are_counted_under_the_edit(family):
         rows = sum(len(one.reshape(-1, 52)) for one in seen[site])
         groups = torch.zeros(rows // len(seen[site]), dtype=torch.int64)
         assert torch.equal(counted, plain.counts(seen[site], groups, 1)), site
+
+
+@torch.no_grad()
+def test_a_float32_activation_is_edited_where_it_lies(monkeypatch):
+    model, taken = by_name("llama").build(), []
+    place = ops.straight_edit_
+
+    def noted(*arguments, **options):
+        taken.append(place(*arguments, **options))
+        return taken[-1]
+
+    sites = [site.name for site in models.find_sites(model)]
+    with lf.steer(model, lf.deactivate(dict.fromkeys(sites, [0, 3]))):
+        monkeypatch.setattr(ops, "straight_edit_", noted)
+        model(IDS)
+    native = ops.backend_for("auto", "cpu").__name__.endswith("backends.cpu")
+    assert taken == [native] * len(sites)
