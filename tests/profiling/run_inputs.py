@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
-from families import VOCABULARY, by_name  # noqa: E402
+from families import VOCABULARY, by_name
 
 
 def model() -> torch.nn.Module:
