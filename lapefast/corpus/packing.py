@@ -99,6 +99,9 @@ def pack(
     parts: list[np.ndarray] = []
     starts = np.empty(0, dtype=np.int64)  # of the documents that begin at or after row `done`
     held = 0
+    if done == max_rows:
+        yield None, replace(report, documents=documents, capped=True)
+        return
     for batch in tokens:
         starts = np.concatenate([starts, batch.starts + done * seq_len + held])
         parts.append(batch.ids)
@@ -127,14 +130,15 @@ def pack(
         parts = [ids[ready * seq_len :].copy()]
         held = len(parts[0])
         if done == max_rows:
-            yield None, replace(report, capped=True)
+            yield None, replace(report, documents=documents, capped=True)
             return
     documents += len(starts)
     if not done:
         raise _too_few(documents, held, seq_len)
     if done < first:
         raise InputError(f"there are only {done} rows of {seq_len} in it, not {first} or more")
-    refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
+    if held:
+        refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
     yield None, replace(report, documents=documents, dropped=held)
 
 

@@ -59,7 +59,7 @@ class TokenCache:
                     np.memmap(ids, dtype="<i4", mode="r", shape=(said["tokens"],)),
                     np.load(starts, allow_pickle=False),
                 )
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, EOFError, ValueError, KeyError, TypeError):
                 continue
             complete = ids.stat().st_size == 4 * said["tokens"]
             if complete and len(found.starts) == said["documents"]:

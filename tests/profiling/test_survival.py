@@ -340,6 +340,33 @@ def test_a_run_that_has_ended_gives_its_profile_again_without_running(model, tmp
     assert again.metadata == expected.metadata
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("max_tokens", [None, 96])
+def test_wherever_a_run_stops_it_says_of_its_text_what_an_undisturbed_one_says(
+    model, tmp_path, max_tokens, cached
+):
+    file = tmp_path / "ids.jsonl"
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(3, 30, (12,), generator=generator).tolist()
+    documents = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+    file.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in documents))
+    options = {
+        "corpora": {"en": str(file), "zh": run_inputs.corpora(9)["zh"]},
+        "seq_len": 12,
+        "max_tokens": max_tokens,
+        "token_cache": tmp_path / "tokens" if cached else None,
+    }
+    expected = profiled(model, **options)
+    batches = [-(-entry["rows"][1] // 2) for entry in expected.metadata["corpora"]]
+    for number in range(sum(batches)):
+        run = tmp_path / f"run-{number}"
+        with Breaks(model, 2 + number, Broken()), pytest.raises(Broken):
+            profiled(model, resume=run, **options)
+        profile = profiled(model, resume=run, **options)
+        assert_equal(profile, expected)
+        assert profile.metadata == expected.metadata
+
+
 def test_an_iterator_is_given_anew_and_read_past_what_is_counted(model, tmp_path):
     rows = {label: of.tolist() for label, of in run_inputs.corpora(ROWS).items()}
 
