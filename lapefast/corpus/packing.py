@@ -15,6 +15,7 @@ from lapefast.corpus.tokens import Tokens
 from lapefast.errors import InputError
 
 __all__ = [
+    "IDENTITY_TOKENS",
     "CorpusReport",
     "Stream",
     "count_tokens",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 _CHUNK_TOKENS = 1 << 16
-_IDENTITY_TOKENS = 4096
+IDENTITY_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def refuse_foreign_ids(ids: np.ndarray, vocab_size: int | None, position: int) -
 
 def identity_of(ids: np.ndarray) -> str:
     """The identity of a source that begins with these token ids."""
-    return hashlib.sha256(ids[:_IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(ids[:IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
 
 
 def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]]:
@@ -179,7 +180,7 @@ def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]
     for batch in stream:
         head.append(batch)
         length += len(batch.ids)
-        if length >= _IDENTITY_TOKENS:
+        if length >= IDENTITY_TOKENS:
             break
     ids = np.concatenate([batch.ids for batch in head]) if head else np.empty(0, dtype=np.int64)
     return ids, chain(head, stream)
