@@ -67,16 +67,18 @@ class CorpusPass:
         self._bare, self._device = bare_model(model), input_device(model)
         self._max_tokens, self._progress = max_tokens, progress
         self.labels = list(self._opened)
+        self._taken = dict.fromkeys(self.labels, 0)
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
 
     def inputs(self, label: str) -> Iterator[dict[str, Any]]:
         """What the bare model is called with, batch after batch of one label's text."""
-        corpus = self._opened[label]
+        corpus, self._taken[label] = self._opened[label], 0
         with (
             corpus.rows(self._lengths[label], self._max_tokens) as rows,
             tqdm(desc=label, unit="tok", unit_scale=True, disable=not self._progress) as bar,
         ):
             for batch in _regrouped(rows, self.batch_size):
+                self._taken[label] += len(batch)
                 yield forward_inputs(self._bare, batch.to(self._device))
                 if rows.fraction:
                     bar.total = max(int(bar.n / rows.fraction), bar.n + batch.numel())
@@ -89,7 +91,10 @@ class CorpusPass:
         return {
             "seq_len": max(self._lengths.values()),
             "batch_size": self.batch_size,
-            "corpora": [corpus.report.to_json() for corpus in self._opened.values()],
+            "corpora": [
+                _so_far(corpus.report.to_json(), self._taken[label])
+                for label, corpus in self._opened.items()
+            ],
         }
 
 
@@ -108,6 +113,16 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     else:
         free, wanted = psutil.virtual_memory().available, 2048
     return max(1, min(wanted, free // 4 // per_token) // length)
+
+
+def _so_far(entry: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A corpus's entry, of no more rows than were taken where the pass ended before the text."""
+    first, stop = entry["rows"]
+    if first + rows == stop:
+        return entry
+    del entry["documents"]  # of the rows that were read ahead, too
+    tokens = rows * entry["seq_len"]
+    return entry | {"rows": [first, first + rows], "tokens": tokens, "dropped": 0, "capped": True}
 
 
 def _regrouped(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
