@@ -49,7 +49,7 @@ class SealedFile:
         tensors: Mapping[str, torch.Tensor],
         about: Mapping[str, Any],
     ) -> None:
-        """Write int64, int32 and float64 tensors in their order; the same content gives the same bytes.
+        """Write int64, int32 and float64 tensors in order; the same content gives the same bytes.
 
         Raises:
             InputError: the file cannot be written; then nothing is.

@@ -1,12 +1,12 @@
 """How far a selection of neurons would be the same after far more text of the same kind.
 
-With more text, what was counted in n tokens moves by about as much as it did on the way from a random
-half of them to the whole: the variance of a half's mean around the whole's, s^2 (2/n - 1/n), is that of
-the whole's around the truth, s^2 / n. So the overlap of the neurons that are selected from half of the
-shards with those from all of them is distributed as the overlap of the latter with what far more text
-would select, however rows, neurons and labels depend on each other. This takes no rate of
-convergence for granted, only rows that are drawn alike: a text whose rows go together for longer than
-the shards (a book of many rows, sorted sources) looks more stable than it is.
+With more text, what was counted in n tokens moves by about as much as it did on the way from a
+random half of them to the whole: a half's mean varies around the whole's by s^2 (2/n - 1/n), as the
+whole's does around the truth, by s^2 / n. So the overlap of what half of the shards select with what
+all of them do is distributed as the overlap of the latter with what far more text would select,
+however rows, neurons and labels depend on each other. No rate of convergence is taken for granted,
+only that rows are alike: where rows that follow each other are (a book of many rows), each shard
+has its share of every one, and the selection looks more stable than it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lapefast.neurons.documents import Document, as_text, require
 from lapefast.neurons.layout import Layout
 from lapefast.profiles import SHARDS, Profile
 
-__all__ = ["Select", "Stability", "UntilStable", "stability"]
+__all__ = ["Select", "Stability", "UntilStable", "in_every_shard", "stability"]
 
 Select = Callable[[Profile], NeuronSets]
 """A detector that needs no more than a profile's counts, such as `lapefast.detect.lape`."""
@@ -165,11 +165,15 @@ def stability(
     """
     if type(resamples) is not int or resamples < 2:
         raise InputError(f"resamples must be an integer of at least 2, got {resamples!r}")
-    lacking = _without_shards(profile)
-    if lacking:
+    _ = profile.shard_counts  # says what is missing
+    if not in_every_shard(profile):
+        fewest = min(
+            zip(profile.labels, profile.tokens.tolist(), strict=True), key=lambda one: one[1]
+        )
         raise InputError(
-            f"stability needs {SHARDS} rows of every label, one for each shard, but there are "
-            f"fewer of {', '.join(lacking)}; add some text or use a shorter seq_len"
+            f"stability needs {SHARDS} rows of every label, one for each shard, but some label has "
+            f"fewer (the least text, {fewest[1]} tokens, is of {fewest[0]!r}); add text or use a "
+            "shorter seq_len"
         )
     generator = torch.Generator().manual_seed(seed)
     found = select(profile)
@@ -203,6 +207,12 @@ def stability(
     )
 
 
+def in_every_shard(profile: Profile) -> bool:
+    """Whether a profile holds shards, and text of every label in each: what `stability` needs."""
+    shards = profile.shard_tokens.values()
+    return bool(shards) and all(bool(tokens.all()) for tokens in shards)
+
+
 class UntilStable:
     """Whether every label's neurons are stable: what `lapefast.profile` takes as ``until``.
 
@@ -225,7 +235,8 @@ class UntilStable:
         self._select = select
 
     def __call__(self, profile: Profile) -> bool:
-        if _without_shards(profile):
+        _ = profile.shard_counts  # says what is missing
+        if not in_every_shard(profile):
             return False
         self.stability = stability(profile, self._select)
         return self.reached
@@ -249,16 +260,6 @@ class UntilStable:
                 "parameters": self.stability and self.stability.metadata["parameters"],
             }
         }
-
-
-def _without_shards(profile: Profile) -> list[str]:
-    """The labels that have no text in some shard. InputError where there are no shards at all."""
-    _ = profile.shard_counts
-    return [
-        label
-        for row, label in enumerate(profile.labels)
-        if not all(bool(of[row].all()) for of in profile.shard_tokens.values())
-    ]
 
 
 def _members(neurons: NeuronSets) -> dict[str, set[tuple[Any, int]]]:

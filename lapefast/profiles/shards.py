@@ -43,7 +43,11 @@ def check_shards(profile: Profile) -> None:
     Nor may a shard count more than its tokens.
     """
     held = "shard_counts" in profile.statistics
-    if (profile.shard_tokens.keys() != profile.stack_tokens.keys()) if held else profile.shard_tokens:
+    if (
+        (profile.shard_tokens.keys() != profile.stack_tokens.keys())
+        if held
+        else profile.shard_tokens
+    ):
         raise InputError("shard_counts and shard_tokens of every stack must be given together")
     if not held:
         return

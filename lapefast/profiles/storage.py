@@ -82,7 +82,10 @@ def _tensors(profile: Profile) -> dict[str, torch.Tensor]:
     stacks = list(profile.stack_tokens)
     tensors = {
         _tokens_name(stack, stacks, of): tokens
-        for of, per_stack in (("tokens", profile.stack_tokens), ("shard_tokens", profile.shard_tokens))
+        for of, per_stack in (
+            ("tokens", profile.stack_tokens),
+            ("shard_tokens", profile.shard_tokens),
+        )
         for stack, tokens in per_stack.items()
     }
     for name, values in profile.statistics.items():

@@ -111,9 +111,7 @@ def profile(
     return counted
 
 
-def _reading(
-    text: CorpusPass, label: str, recorder: Recorder, bare: nn.Module
-) -> Iterator[None]:
+def _reading(text: CorpusPass, label: str, recorder: Recorder, bare: nn.Module) -> Iterator[None]:
     """Runs the model on a label's text; stops after every batch."""
     row = 0
     for inputs in text.inputs(label):
