@@ -232,7 +232,7 @@ class Recorder:
         self._placement.release("recorder", "statistics", self)
 
     def _read(self, statistics: SiteStatistics) -> dict[str, Tensor]:
-        """A copy of each statistic, [labels, neurons]; the shards' are [labels, shards, neurons]."""
+        """A copy of each statistic, [labels, neurons] or, of shards, [labels, shards, neurons]."""
         apart = {
             name: tensor.unflatten(0, (len(self.labels), self._shards))
             for name, tensor in statistics.tensors().items()

@@ -1,12 +1,12 @@
 """How far a selection of neurons would be the same after far more text of the same kind.
 
 With more text, what was counted in n tokens moves by about as much as it did on the way from a
-random half of them to the whole: a half's mean varies around the whole's by s^2 (2/n - 1/n), as the
-whole's does around the truth, by s^2 / n. So the overlap of what half of the shards select with what
-all of them do is distributed as the overlap of the latter with what far more text would select,
-however rows, neurons and labels depend on each other. No rate of convergence is taken for granted,
-only that rows are alike: where rows that follow each other are (a book of many rows), each shard
-has its share of every one, and the selection looks more stable than it is.
+random half of them to the whole: a half's mean varies around the whole's by s^2 (2/n - 1/n), and
+the whole's around the truth by s^2 / n, which is as much. So the overlap of what half of the shards
+select with what all of them do is distributed as the overlap of the latter with what far more text
+would select, however the neurons of a row depend on each other. No rate of convergence is taken for
+granted, only that rows are independent: where one text fills many rows, such as a book, each shard
+has its share of it, and the selection looks more stable than it is.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class CorpusPass:
         self._bare, self._device = bare_model(model), input_device(model)
         self._max_tokens, self._progress = max_tokens, progress
         self.labels = list(self._opened)
-        self._taken = dict.fromkeys(self.labels, 0)
+        self._taken: dict[str, int] = {}  # rows of the labels whose text has not ended
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
 
     def inputs(self, label: str) -> Iterator[dict[str, Any]]:
@@ -85,6 +85,7 @@ class CorpusPass:
                 bar.update(batch.numel())
             bar.total = bar.n
             bar.refresh()
+        del self._taken[label]
 
     def metadata(self) -> dict[str, Any]:
         """What a result says of the text it came from, as JSON; after the pass."""
@@ -92,7 +93,7 @@ class CorpusPass:
             "seq_len": max(self._lengths.values()),
             "batch_size": self.batch_size,
             "corpora": [
-                _so_far(corpus.report.to_json(), self._taken[label])
+                _so_far(corpus.report.to_json(), self._taken.get(label))
                 for label, corpus in self._opened.items()
             ],
         }
@@ -115,13 +116,12 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     return max(1, min(wanted, free // 4 // per_token) // length)
 
 
-def _so_far(entry: dict[str, Any], rows: int) -> dict[str, Any]:
+def _so_far(entry: dict[str, Any], rows: int | None) -> dict[str, Any]:
     """A corpus's entry, of no more rows than were taken where the pass ended before the text."""
-    first, stop = entry["rows"]
-    if first + rows == stop:
+    if rows is None:
         return entry
+    first, tokens = entry["rows"][0], rows * entry["seq_len"]
     del entry["documents"]  # of the rows that were read ahead, too
-    tokens = rows * entry["seq_len"]
     return entry | {"rows": [first, first + rows], "tokens": tokens, "dropped": 0, "capped": True}
 
 
