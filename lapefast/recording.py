@@ -15,7 +15,7 @@ import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
-from lapefast.models.groups import token_groups
+from lapefast.models.groups import shard_groups, token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
@@ -23,7 +23,8 @@ from lapefast.models.rows import StackRows
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import GROUPS
-from lapefast.profiles import STATISTICS, Profile
+from lapefast.profiles import SHARDS, STATISTICS, Profile
+from lapefast.profiles.shards import narrowed
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,10 @@ def record(
         model: any model whose FFNs `lapefast.models.find_sites` finds.
         labels: what the tokens are grouped by.
         statistics: of ``counts``, ``sums`` (of activations), ``square_sums`` (of squared products)
-            and ``up_abs_sums`` (of the absolute values of up; gated FFNs only).
+            and ``up_abs_sums`` (of the absolute values of up; gated FFNs only), and
+            ``shard_counts`` (the counts of each of 8 shards, with ``counts`` beside them: row r of
+            a label, counted over the whole run, goes to shard r % 8; while it runs, every
+            statistic then takes 8 times its memory).
         threshold: a neuron is active where its activation is strictly above it.
         exact: fuse only activations proven bit-equal to the model's own; otherwise all that a
             kernel exists for.
@@ -75,6 +79,7 @@ class Recorder:
     ) -> None:
         self.labels = _check_labels(labels)
         self._names = _check_statistics(statistics)
+        self._shards = SHARDS if "shard_counts" in self._names else 1
         self._threshold = _check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
@@ -88,7 +93,10 @@ class Recorder:
             with torch.inference_mode(False):
                 for name, module in stacks(self._placement.bare).items():
                     self._stacks[name] = _StackGroups(
-                        module, len(self.labels), input_device(model), self._placement
+                        module,
+                        (len(self.labels), self._shards),
+                        input_device(model),
+                        self._placement,
                     )
                 self._placement.fill(self._place)
             self._placement.prove()
@@ -131,6 +139,7 @@ class Recorder:
         groups: Tensor | None = None,
         decoder_mask: Tensor | None = None,
         decoder_groups: Tensor | None = None,
+        first_row: int | None = None,
     ) -> None:
         """Say what the tokens of the next forward passes are.
 
@@ -141,14 +150,21 @@ class Recorder:
             groups: instead of a label, an integer tensor like the input ids: each token's index
                 into ``labels``, or -1.
             decoder_mask, decoder_groups: the same for the decoder's input of an encoder-decoder.
+            first_row: with a label, the number of the batch's first row among all of the label's,
+                from 0, by which ``shard_counts`` deals the rows. None goes on from the last call's.
 
         Raises:
-            InputError: for an unknown label, an index out of range, or not just one of label and
-                groups.
+            InputError: for an unknown label, an index out of range, not just one of label and
+                groups, or a row number without a label or below 0.
         """
         given = label, mask, groups, decoder_mask, decoder_groups
+        if first_row is not None and (label is None or first_row < 0):
+            raise InputError(
+                f"first_row must be the number, from 0, of a label's row, got {first_row} with "
+                f"label {label!r}"
+            )
         for name, index in token_groups(self.labels, self._stacks, *given).items():
-            self._stacks[name].set(index)
+            self._stacks[name].set(index, label and self.labels.index(label), first_row)
 
     def profile(self) -> Profile:
         """What was counted so far, as a `Profile` of its own.
@@ -157,7 +173,11 @@ class Recorder:
             InputError: where an activation was not finite (naming the site), or nothing was
                 counted.
         """
-        tokens = {name: rows.tokens[1:].to("cpu", copy=True) for name, rows in self._stacks.items()}
+        dealt = {
+            name: rows.tokens[1:].to("cpu", copy=True).view(len(self.labels), self._shards)
+            for name, rows in self._stacks.items()
+        }
+        tokens = {name: of.sum(1) for name, of in dealt.items()}
         if not any(int(count.sum()) for count in tokens.values()):
             raise InputError(
                 "nothing was recorded: call recorder.set(...) and run the model before "
@@ -165,26 +185,26 @@ class Recorder:
             )
         self.check()
         sites = self._reached()
+        read = {site.name: self._read(self._statistics[site.name]) for site in sites}
         collected = {
-            name: {
-                site.name: getattr(self._statistics[site.name], name).to("cpu", copy=True)
-                for site in sites
-            }
+            name: {site: statistics[name].cpu() for site, statistics in read.items()}
             for name in self._names
         }
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
-        return Profile(self.labels, sites, tokens, collected, metadata)
+        shard_tokens = dealt if self._shards > 1 else None
+        return Profile(self.labels, sites, tokens, collected, metadata, shard_tokens)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything in which it adds up, by name; added to in place, never replaced.
 
-        `tokens/{stack}` int64 [1 + labels] (the first place is of no label), `flags/{site}` int64
-        [2], and `{statistic}/{site}` [labels, neurons]; each where its site lies. What runs added
-        up in several processes, or before and after a stop, is the sum of these.
+        `tokens/{stack}` int64 [1 + groups] (the first place is of no group), `flags/{site}` int64
+        [2], and `{statistic}/{site}` [groups, neurons]; each where its site lies. A group is a
+        label, or with ``shard_counts`` a shard of one. What runs added up in several processes, or
+        before and after a stop, is the sum of these.
         """
         named = {f"tokens/{stack}": rows.tokens for stack, rows in self._stacks.items()}
         for site, statistics in self._statistics.items():
@@ -194,11 +214,12 @@ class Recorder:
 
     def mark(self, label: str) -> None:
         """Remember what was counted, so that `rewind` can take back passes over ``label`` alone."""
-        index = self.labels.index(label)
+        first = self.labels.index(label) * self._shards
         self._marked = []
         for name, tensor in self.tensors.items():
             kind = name.partition("/")[0]
-            part = tensor if kind in ("tokens", "flags") else tensor[index]
+            groups = slice(first, first + self._shards)
+            part = tensor if kind in ("tokens", "flags") else tensor[groups]
             self._marked.append((part, part.clone()))
 
     def unmark(self) -> None:
@@ -223,9 +244,8 @@ class Recorder:
             self.check()
         finally:
             for site, statistics in self._statistics.items():
-                tensors = statistics.tensors()
-                drained[site] = {name: tensor.clone() for name, tensor in tensors.items()}
-                for tensor in (*tensors.values(), statistics.flags):
+                drained[site] = self._read(statistics)
+                for tensor in (*statistics.tensors().values(), statistics.flags):
                     tensor.zero_()
         return drained
 
@@ -255,6 +275,15 @@ class Recorder:
         for rows in self._stacks.values():
             rows.remove()
         self._placement.release("recorder", "statistics", self)
+
+    def _read(self, statistics: SiteStatistics) -> dict[str, Tensor]:
+        """A copy of each statistic, [labels, neurons] or, of shards, [labels, shards, neurons]."""
+        apart = {
+            name: tensor.unflatten(0, (len(self.labels), self._shards))
+            for name, tensor in statistics.tensors().items()
+        }
+        read = {name: tensor.sum(1) for name, tensor in apart.items()}
+        return read if self._shards == 1 else read | {"shard_counts": narrowed(apart["counts"])}
 
     def _reached(self) -> list[Site]:
         """The sites without those that no token has reached, such as a vision tower's."""
@@ -286,9 +315,11 @@ class Recorder:
                         f"{name} can't be recorded at {site.name}: {type(ffn.owner).__name__} "
                         "computes its product in its own code"
                     )
+        groups = len(self.labels) * self._shards
         tensors = {
-            name: torch.zeros(len(self.labels), site.width, dtype=STATISTICS[name], device=device)
+            name: torch.zeros(groups, site.width, dtype=STATISTICS[name], device=device)
             for name in self._names
+            if name != "shard_counts"  # the counts, before their shards are added up
         }
         state.statistics = self._statistics[site.name] = SiteStatistics(
             groups=self._stacks[site.stack].index_on(device),
@@ -317,21 +348,47 @@ class Recorder:
 
 
 class _StackGroups(StackRows):
-    """The rows of one stack's input: their groups, and how many tokens each group had."""
+    """The rows of one stack's input: their groups, and how many tokens each group had.
+
+    With ``groups`` (labels, shards), a group is one shard of a label.
+    """
 
     def __init__(
-        self, module: nn.Module, labels: int, device: torch.device, placement: Placement
+        self,
+        module: nn.Module,
+        groups: tuple[int, int],
+        device: torch.device,
+        placement: Placement,
     ) -> None:
+        labels, self._shards = groups
         # The first place is for -1, so that counting needs no selection.
-        self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(labels * self._shards + 1, dtype=torch.int64, device=device)
+        # The number of each label's first row in the batch that was set, and in the one after.
+        self._first = self._next = torch.zeros(labels, dtype=torch.int64, device=device)
+        self._labels: Tensor | None = None
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
         self._placement = placement
         super().__init__(module, device, GROUPS)
 
-    def set(self, groups: Tensor) -> None:
-        """Take the group of each token, [batch, length], or of all, [1]."""
-        self._shape = tuple(groups.shape) if groups.dim() == 2 else None
+    def set(self, labels: Tensor, label: int | None, first_row: int | None) -> None:
+        """Take the label of each token, [batch, length], or of all, [1]; see `Recorder.set`."""
+        self._shape = tuple(labels.shape) if labels.dim() == 2 else None
+        if self._shards == 1:
+            return self._hold(labels)
+        # Rows are numbered as they come: of a mere label it is not known yet how many.
+        self._labels = labels.to(self.device, copy=True)
+        self._first = self._next.clone()
+        if first_row is not None:
+            self._first[label] = first_row
+
+    @torch.compiler.disable
+    def _deal(self, batch: int, length: int) -> None:
+        labels = self._labels if self._shape else self._labels.expand(batch, length)
+        groups, self._next = shard_groups(labels, self._first, self._shards)
+        self._hold(groups)
+
+    def _hold(self, groups: Tensor) -> None:
         groups = groups.reshape(-1)
         for device, held in self.indices.items():
             if held.tensor is None or held.tensor.shape != groups.shape:
@@ -342,8 +399,8 @@ class _StackGroups(StackRows):
     def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
         if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
             return
-        index = self.indices[self.device].tensor
-        if index is None:
+        given = self.indices[self.device].tensor if self._shards == 1 else self._labels
+        if given is None:
             raise InputError(
                 "the recorder does not know these tokens: call recorder.set(...) before the model"
             )
@@ -352,6 +409,9 @@ class _StackGroups(StackRows):
                 f"the model's input is {[batch, length]} tokens, but recorder.set was given "
                 f"{list(self._shape)}; call it before each forward pass"
             )
+        if self._shards > 1:
+            self._deal(batch, length)
+        index = self.indices[self.device].tensor
         rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
         place = (index.long() + 1).expand(rows)
@@ -377,6 +437,8 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
         raise InputError(
             f"statistics must be some of {', '.join(STATISTICS)}, got {unknown or 'none'}"
         )
+    # Shards add up to the counts.
+    names += ("counts",) if "shard_counts" in names else ()
     return tuple(name for name in STATISTICS if name in names)
 
 

@@ -22,6 +22,7 @@ from lapefast.cli.merge import merge
 from lapefast.cli.options import grouped
 from lapefast.cli.profile import profile
 from lapefast.cli.report import report
+from lapefast.cli.stability import stability
 from lapefast.cli.sweep import sweep
 from lapefast.errors import InputError, RunFailed, RunStopped
 
@@ -76,7 +77,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS = (
-    *(profile, identify, evaluate, generate, sweep, report, export),
+    *(profile, stability, identify, evaluate, generate, sweep, report, export),
     *(merge, info, demo, doctor),
 )
 for _command in _COMMANDS:

@@ -34,7 +34,7 @@ def _read(path: Path) -> Any:
     """What is in a file; its content decides which kind it is."""
     from lapefast import NeuronSets, Profile, ResidualMeans
     from lapefast.detect import AveragePrecisionNeurons, Experts, Sharing
-    from lapefast.evaluate import PerplexityMatrix
+    from lapefast.evaluate import PerplexityMatrix, Stability
     from lapefast.report.sweep_file import read_sweep
 
     readers = {
@@ -44,6 +44,7 @@ def _read(path: Path) -> Any:
         "lapefast experts file": Experts.load,
         "lapefast average-precision file": AveragePrecisionNeurons.load,
         "lapefast residual means file": ResidualMeans.load,
+        "lapefast stability": Stability.load,
         "matrix": PerplexityMatrix.load,
         "published": NeuronSets.load,
         "sweep": read_sweep,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lapefast.detect import Category, Experts, Sharing
-from lapefast.evaluate import PerplexityMatrix, Sweep
+from lapefast.evaluate import PerplexityMatrix, Stability, Sweep
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
@@ -34,6 +34,7 @@ def show(content: Any) -> None:
         (Sweep, lambda found: _show_pairs(found.summary())),
         (list, _show_pairs),
         (PerplexityMatrix, _show_matrix),
+        (Stability, _show_stability),
         (Sharing, _show_sharing),
         (Experts, _show_experts),
     ):
@@ -103,6 +104,28 @@ def _show_matrix(matrix: PerplexityMatrix) -> None:
         ]
         own = label in matrix.columns
         table.add_row(label, *cells, f"{random[matrix.columns.index(label)]:+.2f}" if own else "")
+    console.print(table)
+
+
+def _show_stability(found: Stability) -> None:
+    console.print(
+        "Overlap (Jaccard) of each label's neurons with those that far more text would select;\n"
+        "at least: what it reaches in 9 of 10 cases or more."
+    )
+    table = _table("label", "tokens", "expected", "at least", "neurons")
+    counts = list(found.tokens.unbind())
+    for place, tokens in enumerate(counts):
+        table.add_section()
+        last = place == len(counts) - 1
+        for column, label in enumerate(found.labels):
+            table.add_row(
+                label,
+                f"{int(tokens[column]):,}",
+                f"{float(found.expected[place, column]):.3f}",
+                f"{float(found.interval[place, column, 0]):.3f}",
+                f"{int(found.neurons[column]):,}" if last else "",
+                style="bold" if last else None,
+            )
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from lapefast.errors import InputError
 from lapefast.files import existing_file
 from lapefast.models.sites import Site
 from lapefast.profiles import published, storage
+from lapefast.profiles.shards import SHARDS, check_shards, narrowed
 
 __all__ = ["STATISTICS", "Profile"]
 
@@ -22,8 +23,10 @@ STATISTICS = {
     "sums": torch.float64,
     "square_sums": torch.float64,
     "up_abs_sums": torch.float64,
+    "shard_counts": torch.int32,
 }
-"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|."""
+"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|, and
+the active tokens of each shard of the text."""
 
 _SHARED = ("model", "fingerprint", "dtype", "threshold", "edited")
 """Metadata that profiles have in common when they are added; `model` is only a name."""
@@ -36,17 +39,19 @@ class Profile:
         labels: what the texts are grouped by; distinct.
         sites: the model's sites, in model order.
         tokens: stack -> int64 [labels], tokens that entered each stack.
-        statistics: name (see `STATISTICS`) -> site name -> [labels, width]. Kept, not copied.
+        statistics: name (see `STATISTICS`) -> site name -> [labels, width], of `shard_counts`
+            [labels, SHARDS, width], which need `counts` beside them. Kept, not copied.
         metadata: what can be written as JSON. `fingerprint`, `dtype`, `threshold` and `edited`
             must agree (where known) when profiles are added; `model` names the model; `corpora`
             lists dicts with `label`, `source`, `identity`, and `rows` [start, stop] of `seq_len`
             tokens, and `part` where it is one of several, by which text that is counted twice for a
             label is found (no identity: by its source; a source None is like no other); anything
             else, such as tokenizer, batch size, threads and versions, describes the run.
+        shard_tokens: stack -> int64 [labels, SHARDS], where there are `shard_counts`.
 
     Raises:
         InputError: shapes, dtypes or names are not as said, a count is negative or above the
-            label's tokens, or a sum is not finite.
+            label's tokens, shards do not add up to the whole, or a sum is not finite.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Profile:
         tokens: Mapping[str, torch.Tensor],
         statistics: Mapping[str, Mapping[str, torch.Tensor]],
         metadata: Mapping[str, Any] | None = None,
+        shard_tokens: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.labels = list(labels)
         self.site_info = list(sites)
@@ -64,10 +70,14 @@ class Profile:
         # Through JSON, so that a profile and its loaded copy say the same.
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
         self._check_structure()
+        self.shard_tokens = {
+            stack: count.detach().cpu() for stack, count in (shard_tokens or {}).items()
+        }
         self.statistics = {
             name: {site: self._checked(name, site, values) for site in self._sites}
             for name, values in statistics.items()
         }
+        check_shards(self)
 
     @property
     def sites(self) -> list[str]:
@@ -99,6 +109,11 @@ class Profile:
         return self._statistic("counts")
 
     @property
+    def shard_counts(self) -> dict[str, torch.Tensor]:
+        """Site -> the counts of each shard of the text, int32 [labels, SHARDS, width]."""
+        return self._statistic("shard_counts")
+
+    @property
     def sums(self) -> dict[str, torch.Tensor]:
         """Site -> sum of each neuron's activations, float64 [labels, width]."""
         return self._statistic("sums")
@@ -128,6 +143,22 @@ class Profile:
             InputError: the profile has no such label, no sums, or no tokens of the label.
         """
         return self._per_token("sums", label)
+
+    def of_shards(self, chosen: torch.Tensor) -> Profile:
+        """The counts of some shards alone, as a profile of their tokens.
+
+        Args:
+            chosen: integers [labels, n], the shards to take of each label; those of a label differ.
+
+        Raises:
+            InputError: the profile has no shard counts.
+        """
+        counts = {
+            site: torch.stack([of[row].sum(0) for of, row in zip(values, chosen, strict=True)])
+            for site, values in self.shard_counts.items()
+        }
+        tokens = {stack: of.gather(1, chosen).sum(1) for stack, of in self.shard_tokens.items()}
+        return Profile(self.labels, self.site_info, tokens, {"counts": counts}, self.metadata)
 
     def published_counts(self) -> torch.Tensor:
         """The counts as int64 [layers, neurons, labels], as the published code stacks them.
@@ -211,30 +242,40 @@ class Profile:
         )
 
         def added(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            if mine.dtype is torch.int32:
+                return narrowed(added(mine.long(), theirs.long()))
             total = mine.new_zeros(len(labels), *mine.shape[1:])
             return total.index_add_(0, my_rows, mine).index_add_(0, their_rows, theirs)
 
-        tokens = {
-            stack: added(mine, other.stack_tokens[stack])
-            for stack, mine in self.stack_tokens.items()
-        }
+        tokens, shard_tokens = (
+            {stack: added(of, theirs[stack]) for stack, of in mine.items()}
+            for mine, theirs in (
+                (self.stack_tokens, other.stack_tokens),
+                (self.shard_tokens, other.shard_tokens),
+            )
+        )
         statistics = {
             name: {site: added(mine[site], other.statistics[name][site]) for site in mine}
             for name, mine in self.statistics.items()
         }
-        return Profile(labels, self.site_info, tokens, statistics, self._added_metadata(other))
+        metadata = self._added_metadata(other)
+        return Profile(labels, self.site_info, tokens, statistics, metadata, shard_tokens)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per label, site and neuron.
 
-        Columns: ``label``, ``site``, ``neuron`` and the profile's statistics.
+        Columns: ``label``, ``site``, ``neuron`` and the profile's statistics, but for the shards'.
         """
         import pandas
 
         parts = []
         for site in self.site_info:
             for row, label in enumerate(self.labels):
-                values = {name: of[site.name][row].numpy() for name, of in self.statistics.items()}
+                values = {
+                    name: of[site.name][row].numpy()
+                    for name, of in self.statistics.items()
+                    if name != "shard_counts"
+                }
                 neurons = range(site.width)
                 parts.append(
                     pandas.DataFrame(
@@ -319,11 +360,13 @@ class Profile:
         if values.keys() != self._sites.keys():
             raise InputError(f"{name} must hold the profile's sites, all of them and no other")
         tensor = values[site].detach().cpu().contiguous()
-        shape = (len(self.labels), self._sites[site].width)
+        shards = {"shard_counts": (SHARDS,)}.get(name, ())
+        shape = (len(self.labels), *shards, self._sites[site].width)
         if tensor.dtype != STATISTICS[name] or tensor.shape != shape:
             raise InputError(
-                f"{name} of site {site} must be {STATISTICS[name]} [labels, width] = "
-                f"{list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                f"{name} of site {site} must be {STATISTICS[name]} [labels, "
+                f"{'shards, ' if shards else ''}width] = {list(shape)}, got {tensor.dtype} "
+                f"{list(tensor.shape)}"
             )
         if name == "counts":
             if (tensor < 0).any():
@@ -332,7 +375,7 @@ class Profile:
                 raise InputError(
                     f"counts of site {site} must not exceed the label's tokens, but one does"
                 )
-        elif not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{name} of site {site} must be finite, but one is not")
         return tensor
 

@@ -1,7 +1,8 @@
 """The profile file: safetensors, written in one order and sealed by a checksum.
 
-The tensors are `tokens` int64 [labels] (of the main stack; `tokens/{stack}` for another) and
-`{statistic}/{site}` [labels, width]; the rest of the profile is the JSON of a sealed file.
+The tensors are `tokens` int64 [labels] (of the main stack; `tokens/{stack}` for another), likewise
+`shard_tokens` [labels, shards] where shards were counted, and `{statistic}/{site}` [labels, width]
+(`shard_counts`: [labels, shards, width]); the rest of the profile is the JSON of a sealed file.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Arguments = tuple[
     dict[str, torch.Tensor],
     dict[str, dict[str, torch.Tensor]],
     dict[str, Any],
+    dict[str, torch.Tensor],
 ]
-"""Of `Profile`: labels, sites, tokens, statistics, metadata."""
+"""Of `Profile`: labels, sites, tokens, statistics, metadata, shard_tokens."""
 
 
 def main_stack(stacks: Iterable[str]) -> str:
@@ -62,21 +64,34 @@ def read(path: str | os.PathLike[str]) -> Arguments:
 def _arguments(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Arguments:
     sites = [Site(**entry) for entry in about["sites"]]
     stacks = list(dict.fromkeys(site.stack for site in sites))
-    tokens = {stack: tensors.pop(_tokens_name(stack, stacks)) for stack in stacks}
+    tokens, shard_tokens = (
+        {stack: tensors.pop(_tokens_name(stack, stacks, of)) for stack in held}
+        for of, held in (
+            ("tokens", stacks),
+            ("shard_tokens", stacks if "shard_counts" in about["statistics"] else ()),
+        )
+    )
     statistics = {
         name: {site.name: tensors.pop(f"{name}/{site.name}") for site in sites}
         for name in about["statistics"]
     }
-    return list(about["labels"]), sites, tokens, statistics, dict(about["metadata"])
+    return list(about["labels"]), sites, tokens, statistics, dict(about["metadata"]), shard_tokens
 
 
 def _tensors(profile: Profile) -> dict[str, torch.Tensor]:
     stacks = list(profile.stack_tokens)
-    tensors = {_tokens_name(stack, stacks): profile.stack_tokens[stack] for stack in stacks}
+    tensors = {
+        _tokens_name(stack, stacks, of): tokens
+        for of, per_stack in (
+            ("tokens", profile.stack_tokens),
+            ("shard_tokens", profile.shard_tokens),
+        )
+        for stack, tokens in per_stack.items()
+    }
     for name, values in profile.statistics.items():
         tensors |= {f"{name}/{site}": values[site] for site in profile.sites}
     return tensors
 
 
-def _tokens_name(stack: str, stacks: list[str]) -> str:
-    return "tokens" if stack == main_stack(stacks) else f"tokens/{stack}"
+def _tokens_name(stack: str, stacks: list[str], of: str) -> str:
+    return of if stack == main_stack(stacks) else f"{of}/{stack}"

@@ -60,8 +60,10 @@ class Counting:
     def _fits(self, batch: Batch) -> bool:
         """Count a batch, or find out that the memory does not suffice for so many rows at once."""
         try:
+            row = batch.first_row
             for ids in batch.ids.split(self.rows_at_once):
-                self._recorder.set(label=batch.label)
+                self._recorder.set(label=batch.label, first_row=row)
+                row += len(ids)
                 self._bare(**forward_inputs(self._bare, ids.to(self._device)))
             return True
         except BaseException as error:

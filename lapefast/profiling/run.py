@@ -70,7 +70,8 @@ def profile(
         max_tokens: at most so many tokens per label; None reads everything. The paper's limit is
             99,999,744.
         threshold: a neuron is active where its activation is strictly above it.
-        statistics: of ``counts``, ``sums``, ``square_sums``, ``up_abs_sums`` (see `Profile`).
+        statistics: of ``counts``, ``sums``, ``square_sums``, ``up_abs_sums`` and ``shard_counts``
+            (see `lapefast.record`).
         exact: fuse only activations proven bit-equal to the model's own.
         backend: who computes the ops; None takes ``LAPEFAST_BACKEND`` or the best for the device.
         progress: show a bar with tokens/s and the time left.
@@ -89,6 +90,11 @@ def profile(
         token_cache: a directory that keeps token ids; see `lapefast.corpus.Corpus`. With several
             processes, the first one fills it before the pass.
         document, field, special_tokens: how text is read; see `lapefast.corpus.Corpus`.
+        until: whether what was counted so far is enough, such as
+            `lapefast.evaluate.UntilStable(0.98)`, which needs ``shard_counts``. The labels are then
+            read in turn, a batch of each, and it is asked after 1, 2, 4, 8 and so on batches and at
+            the texts' end, by the first process. A label whose text ends before the others' stays
+            as it is. The profile's metadata take over its attribute ``metadata``, if it has one.
 
     Raises:
         InputError: for what is wrong with the model, the corpora or the arguments, before the pass
