@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MODEL_PANEL = "Model"
 RUN_PANEL = "Run"
-TEXT_PANEL = "Text"
+_TEXT_PANEL = "Text"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory of a saved model, or a name on the hub.")
@@ -35,7 +35,7 @@ Corpora = Annotated[
         help="Text of a label: a file, a directory, a quoted glob, or a data set "
         "(name:config:split). Once per label.",
         show_default=False,
-        rich_help_panel=TEXT_PANEL,
+        rich_help_panel=_TEXT_PANEL,
     ),
 ]
 Document = Annotated[
@@ -43,12 +43,12 @@ Document = Annotated[
     typer.Option(
         metavar="UNIT",
         help="What one document of a text file is: line, file or blank-line.",
-        rich_help_panel=TEXT_PANEL,
+        rich_help_panel=_TEXT_PANEL,
     ),
 ]
 Field = Annotated[
     str,
-    typer.Option(help="Field of JSON lines, Parquet and data sets.", rich_help_panel=TEXT_PANEL),
+    typer.Option(help="Field of JSON lines, Parquet and data sets.", rich_help_panel=_TEXT_PANEL),
 ]
 SpecialTokens = Annotated[
     bool,
@@ -56,7 +56,7 @@ SpecialTokens = Annotated[
         " /--no-special-tokens",
         help="The tokenizer adds its special tokens to no document.",
         show_default=False,
-        rich_help_panel=TEXT_PANEL,
+        rich_help_panel=_TEXT_PANEL,
     ),
 ]
 Dtype = Annotated[

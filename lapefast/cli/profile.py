@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapefast.cli import methods, options
-from lapefast.cli.options import RUN_PANEL, TEXT_PANEL, check_output
+from lapefast.cli.options import RUN_PANEL, check_output
 from lapefast.cli.processes import process_group
 from lapefast.errors import InputError
 
@@ -86,7 +86,7 @@ def profile(
         typer.Option(
             metavar="DIR",
             help="Keep the token ids of texts here, and read those that are here.",
-            rich_help_panel=TEXT_PANEL,
+            rich_help_panel=RUN_PANEL,
         ),
     ] = None,
 ) -> None:
