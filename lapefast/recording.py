@@ -19,7 +19,7 @@ from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
-from lapefast.models.rows import StackRows
+from lapefast.models.rows import StackRows, rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import GROUPS
@@ -156,19 +156,30 @@ class Recorder:
         sites = self._reached()
         collected = {
             name: {
-                site.name: getattr(self._statistics[site.name], name).to("cpu", copy=True)
+                site.name: self._shaped(site, getattr(self._statistics[site.name], name)).to(
+                    "cpu", copy=True
+                )
                 for site in sites
             }
             for name in self._names
+        }
+        mixtures = [site for site in sites if site.experts]
+        routed = {
+            site.name: self._statistics[site.name].routed.view(-1, site.experts).to("cpu", copy=True)
+            for site in mixtures
         }
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
-        return Profile(self.labels, sites, tokens, collected, metadata)
+        if mixtures:
+            metadata["experts_implementation"] = self._placement.experts_implementation()
+        return Profile(self.labels, sites, tokens, collected, metadata, routed)
 
     def drain(self) -> dict[str, dict[str, Tensor]]:
         """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.
+
+        Of a mixture [labels * experts, neurons], and its ``routed`` [labels * experts].
 
         For passes that look at every batch apart. On the sites' own devices.
 
@@ -204,7 +215,7 @@ class Recorder:
         The forward pass then returns nothing meaningful. For the pass over a corpus.
         """
         for site in self.sites:
-            if site.name == self._placement.last and site.calls == 1:
+            if site.name == self._placement.last and site.calls == 1 and not site.experts:
                 self._statistics[site.name].last = True
 
     def remove(self) -> None:
@@ -228,6 +239,10 @@ class Recorder:
             _log.warning("Not in the profile, as no token reached them: %s", ", ".join(left_out))
         return [site for site in self.sites if site.name not in left_out]
 
+    def _shaped(self, site: Site, statistic: Tensor) -> Tensor:
+        """[labels, neurons], in a mixture [labels, experts, neurons]."""
+        return statistic.view(len(self.labels), *site.shape)
+
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
         if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
@@ -243,12 +258,15 @@ class Recorder:
                         f"{name} can't be recorded at {site.name}: {type(ffn.owner).__name__} "
                         "computes its product in its own code"
                     )
+        groups = len(self.labels) * (site.experts or 1)
         tensors = {
-            name: torch.zeros(len(self.labels), site.width, dtype=STATISTICS[name], device=device)
+            name: torch.zeros(groups, site.width, dtype=STATISTICS[name], device=device)
             for name in self._names
         }
+        if site.experts:
+            tensors["routed"] = torch.zeros(groups, dtype=torch.int64, device=device)
         state.statistics = self._statistics[site.name] = SiteStatistics(
-            groups=self._stacks[site.stack].index_on(device),
+            groups=rows_at(site, self._stacks[site.stack].index_on(device)),
             threshold=self._threshold,
             flags=torch.zeros(2, dtype=torch.int64, device=device),
             backend=chosen_backend(self._backend, device),

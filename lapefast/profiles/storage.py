@@ -1,7 +1,8 @@
 """The profile file: safetensors, written in one order and sealed by a checksum.
 
 The tensors are `tokens` int64 [labels] (of the main stack; `tokens/{stack}` for another) and
-`{statistic}/{site}` [labels, width]; the rest of the profile is the JSON of a sealed file.
+`{statistic}/{site}` [labels, width], in a mixture [labels, experts, width] with `routed/{site}`
+int64 [labels, experts]; the rest of the profile is the JSON of a sealed file.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Arguments = tuple[
     dict[str, torch.Tensor],
     dict[str, dict[str, torch.Tensor]],
     dict[str, Any],
+    dict[str, torch.Tensor],
 ]
-"""Of `Profile`: labels, sites, tokens, statistics, metadata."""
+"""Of `Profile`: labels, sites, tokens, statistics, metadata, routed."""
 
 
 def main_stack(stacks: Iterable[str]) -> str:
@@ -43,7 +45,7 @@ def write(path: str | os.PathLike[str], profile: Profile) -> None:
     """Write a profile; the same profile gives the same bytes."""
     about = {
         "labels": profile.labels,
-        "sites": [dataclasses.asdict(site) for site in profile.site_info],
+        "sites": [_described(site) for site in profile.site_info],
         "statistics": list(profile.statistics),
         "metadata": profile.metadata,
     }
@@ -67,7 +69,14 @@ def _arguments(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Argum
         name: {site.name: tensors.pop(f"{name}/{site.name}") for site in sites}
         for name in about["statistics"]
     }
-    return list(about["labels"]), sites, tokens, statistics, dict(about["metadata"])
+    routed = {site.name: tensors.pop(f"routed/{site.name}") for site in sites if site.experts}
+    return list(about["labels"]), sites, tokens, statistics, dict(about["metadata"]), routed
+
+
+def _described(site: Site) -> dict[str, Any]:
+    """A site's fields; a dense one's as files had them before there were mixtures."""
+    fields = dataclasses.asdict(site)
+    return fields if site.experts else {k: v for k, v in fields.items() if k != "experts"}
 
 
 def _tensors(profile: Profile) -> dict[str, torch.Tensor]:
@@ -75,6 +84,7 @@ def _tensors(profile: Profile) -> dict[str, torch.Tensor]:
     tensors = {_tokens_name(stack, stacks): profile.stack_tokens[stack] for stack in stacks}
     for name, values in profile.statistics.items():
         tensors |= {f"{name}/{site}": values[site] for site in profile.sites}
+    tensors |= {f"routed/{site}": routed for site, routed in profile.routed.items()}
     return tensors
 
 

@@ -99,7 +99,7 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     Larger batches were not faster on a CPU, where activations should stay near the caches.
     """
     device = input_device(model)
-    ffns = find_ffns(model)
+    ffns = find_ffns(model, mixtures=True)
     widest = max(ffns, key=lambda ffn: ffn.site.width)
     # Gate, up, product, and about as much again for the attention and the residual stream.
     per_token = 6 * widest.site.width * dtype_of(widest).itemsize
