@@ -163,16 +163,18 @@ class Recorder:
             }
             for name in self._names
         }
-        mixtures = [site for site in sites if site.experts]
         routed = {
-            site.name: self._statistics[site.name].routed.view(-1, site.experts).to("cpu", copy=True)
-            for site in mixtures
+            site.name: self._statistics[site.name]
+            .routed.to("cpu", copy=True)
+            .view(-1, site.experts)
+            for site in sites
+            if site.experts
         }
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
-        if mixtures:
+        if routed:
             metadata["experts_implementation"] = self._placement.experts_implementation()
         return Profile(self.labels, sites, tokens, collected, metadata, routed)
 

@@ -265,5 +265,9 @@ def _layout(profile: Profile) -> Layout:
     widths = [site.neurons for site in profile.site_info]
     sites = tuple(range(len(widths))) if profile.positional else tuple(profile.sites)
     named = dict(zip(sites, widths, strict=True))
-    experts = {name: site.experts for name, site in zip(sites, profile.site_info, strict=True) if site.experts}
+    experts = {
+        name: site.experts
+        for name, site in zip(sites, profile.site_info, strict=True)
+        if site.experts
+    }
     return Layout(sites, named, profile.fingerprint, profile.metadata.get("model"), experts)

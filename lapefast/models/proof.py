@@ -138,11 +138,10 @@ def _check_owners(
     actual = torch.cat(seen)[looked_at].double()
     distances = torch.cdist(actual, expected, compute_mode="donot_use_mm_for_euclid_dist")
     claimed = distances.gather(1, place[:, None]).squeeze(1)
-    spacings = 4 * (
-        torch.finfo(seen[0].dtype).eps
-        + given[0].shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
-    )
-    wrong = claimed > distances.amin(1) + spacings * expected[place].norm(dim=1)
+    # The row is rounded once in its dtype, and its sums in float32 go with their length's root.
+    summed = given[0].shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+    bound = 4 * (torch.finfo(seen[0].dtype).eps + summed) * expected[place].norm(dim=1)
+    wrong = claimed > distances.amin(1) + bound
     if len(looked_at) != len(expected) or bool(wrong.any()):
         raise InputError(
             f"{state.name}: the rows of {type(module).__name__} are in another order than "

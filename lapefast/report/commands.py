@@ -18,7 +18,7 @@ _METHODS = {
     "sharing": ("form", "threshold", "values"),
     "experts": ("experts", "share", "seed"),
 }
-_IDENTIFY = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
+_IDENTIFY = ("top_rate", "filter_rate", "activation_bar_ratio", "form", "over")
 
 
 def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> list[str]:

@@ -91,7 +91,8 @@ class Fold:
                 for plan in outputs:
                     plan.check()
             # A model is folded if any of its FFNs is; edits of other layers stand for the first.
-            for last in [plan.ffn.last for plan in plans] or [find_ffns(model, mixtures=True)[0].last]:
+            folded = [plan.ffn for plan in plans] or find_ffns(model, mixtures=True)[:1]
+            for last in [ffn.last for ffn in folded]:
                 _FOLDED[last] = weakref.ref(self)
         except BaseException:
             self.undo()
