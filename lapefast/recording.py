@@ -79,6 +79,7 @@ class Recorder:
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
         self._stacks: dict[str, _StackGroups] = {}
+        self._marked: list[tuple[Tensor, Tensor]] = []
         self._placement = Placement.claim(
             model, "recorder", self, f"labels {', '.join(self.labels)}"
         )
@@ -102,6 +103,16 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of what is recorded."""
+        return self._names
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's; see `lapefast.models.fingerprint`."""
+        return self._metadata["fingerprint"]
 
     @property
     def unproven(self) -> list[str]:
@@ -177,6 +188,38 @@ class Recorder:
         if routed:
             metadata["experts_implementation"] = self._placement.experts_implementation()
         return Profile(self.labels, sites, tokens, collected, metadata, routed)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in which it adds up, by name; added to in place, never replaced.
+
+        `tokens/{stack}` int64 [1 + labels] (the first place is of no label), `flags/{site}` int64
+        [2], and `{statistic}/{site}` [labels, neurons]; each where its site lies. What runs added
+        up in several processes, or before and after a stop, is the sum of these.
+        """
+        named = {f"tokens/{stack}": rows.tokens for stack, rows in self._stacks.items()}
+        for site, statistics in self._statistics.items():
+            named[f"flags/{site}"] = statistics.flags
+            named |= {f"{name}/{site}": one for name, one in statistics.tensors().items()}
+        return named
+
+    def mark(self, label: str) -> None:
+        """Remember what was counted, so that `rewind` can take back passes over ``label`` alone."""
+        index = self.labels.index(label)
+        self._marked = []
+        for name, tensor in self.tensors.items():
+            kind = name.partition("/")[0]
+            part = tensor if kind in ("tokens", "flags") else tensor[index]
+            self._marked.append((part, part.clone()))
+
+    def unmark(self) -> None:
+        """Forget the last `mark`."""
+        self._marked = []
+
+    def rewind(self) -> None:
+        """Take back what was counted since the last `mark`; nothing, if there is none."""
+        for part, before in self._marked:
+            part.copy_(before)
 
     def drain(self) -> dict[str, dict[str, Tensor]]:
         """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MODEL_PANEL = "Model"
-_RUN_PANEL = "Run"
-_TEXT_PANEL = "Text"
+RUN_PANEL = "Run"
+TEXT_PANEL = "Text"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory of a saved model, or a name on the hub.")
@@ -35,7 +35,7 @@ Corpora = Annotated[
         help="Text of a label: a file, a directory, a quoted glob, or a data set "
         "(name:config:split). Once per label.",
         show_default=False,
-        rich_help_panel=_TEXT_PANEL,
+        rich_help_panel=TEXT_PANEL,
     ),
 ]
 Document = Annotated[
@@ -43,12 +43,12 @@ Document = Annotated[
     typer.Option(
         metavar="UNIT",
         help="What one document of a text file is: line, file or blank-line.",
-        rich_help_panel=_TEXT_PANEL,
+        rich_help_panel=TEXT_PANEL,
     ),
 ]
 Field = Annotated[
     str,
-    typer.Option(help="Field of JSON lines, Parquet and data sets.", rich_help_panel=_TEXT_PANEL),
+    typer.Option(help="Field of JSON lines, Parquet and data sets.", rich_help_panel=TEXT_PANEL),
 ]
 SpecialTokens = Annotated[
     bool,
@@ -56,7 +56,7 @@ SpecialTokens = Annotated[
         " /--no-special-tokens",
         help="The tokenizer adds its special tokens to no document.",
         show_default=False,
-        rich_help_panel=_TEXT_PANEL,
+        rich_help_panel=TEXT_PANEL,
     ),
 ]
 Dtype = Annotated[
@@ -103,7 +103,7 @@ BatchSize = Annotated[
     typer.Option(
         min=1,
         help="Rows per forward pass; by default as many as are fast and fit the memory.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 SeqLen = Annotated[
@@ -111,32 +111,32 @@ SeqLen = Annotated[
     typer.Option(
         min=1,
         help="Tokens per row; by default the model's limit, at most 2048.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=_RUN_PANEL),
+    typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=RUN_PANEL),
 ]
-Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=_RUN_PANEL)]
+Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=RUN_PANEL)]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=_RUN_PANEL),
+    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=RUN_PANEL),
 ]
 WhereEdited = Annotated[
     Literal["all", "prompt", "generated"],
     typer.Option(
         metavar="POSITIONS",
         help="Where edits hold: all, prompt or generated.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 NewTokens = Annotated[
-    int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=_RUN_PANEL)
+    int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=RUN_PANEL)
 ]
 GenerationBatch = Annotated[
     int,
-    typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=_RUN_PANEL),
+    typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=RUN_PANEL),
 ]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lapefast.cli import options
-from lapefast.cli.options import check_output
+from lapefast.cli.options import RUN_PANEL, TEXT_PANEL, check_output
+from lapefast.cli.processes import process_group
 
 __all__ = ["profile"]
 
@@ -37,32 +39,69 @@ def profile(
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save the run's state here, and go on from the one that is here.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
+    save_every: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Between two saved states.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = 300.0,
+    token_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the token ids of texts here, and read those that are here.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
 ) -> None:
     """Count, for each label's text, how often every neuron of a model is active.
 
+    Under torchrun, as in the second example, the processes share the work; the profile is the same.
+
     Example: `lapefast profile ./my-model --corpus en=en.txt --corpus zh=zh.txt
     -o my-model.profile.safetensors`
+
+    Example: `torchrun --nproc-per-node 8 -m lapefast profile ./my-model --corpus en=en.txt
+    --resume run --token-cache tokens -o my-model.profile.safetensors`
     """
     from lapefast.corpus import parse_corpus_arguments
 
     check_output(output)
     corpora = parse_corpus_arguments(corpus)
-    loaded = loading.load(model, corpora, text)
-    from lapefast import profile as run
+    with process_group() as group:
+        loaded = loading.load(model, corpora, text)
+        from lapefast import profile as run
 
-    counted = run(
-        loaded.model,
-        corpora,
-        loaded.tokenizer,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        threshold=threshold,
-        statistics=[name.strip() for name in statistics.split(",")],
-        exact=exact,
-        backend=backend,
-        **asdict(text),
-    )
+        counted = run(
+            loaded.model,
+            corpora,
+            loaded.tokenizer,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            threshold=threshold,
+            statistics=[name.strip() for name in statistics.split(",")],
+            exact=exact,
+            backend=backend,
+            resume=resume,
+            save_every=save_every,
+            process_group=group,
+            token_cache=token_cache,
+            **asdict(text),
+        )
+        if group is not None and group.rank() > 0:
+            return
     counted.save(output)
     from lapefast.cli.tables import console, show
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ import torch
 from lapefast.corpus.tokens import Tokens
 from lapefast.errors import InputError
 
-__all__ = ["CorpusReport", "count_tokens", "pack", "refuse_foreign_ids"]
+__all__ = [
+    "CorpusReport",
+    "Stream",
+    "count_tokens",
+    "first_tokens",
+    "identity_of",
+    "pack",
+    "refuse_foreign_ids",
+]
 
 _CHUNK_TOKENS = 1 << 16
 _IDENTITY_TOKENS = 4096
@@ -54,8 +62,23 @@ class CorpusReport:
         return {**asdict(self), "rows": list(self.rows)}
 
 
+class Stream(NamedTuple):
+    """Token ids from the beginning of a row of the source on.
+
+    tokens: the ids.
+    row: the row that they begin with.
+    documents: those that begin before it.
+    identity: the source's, where known; a stream without it begins with row 0.
+    """
+
+    tokens: Iterator[Tokens]
+    row: int = 0
+    documents: int = 0
+    identity: str | None = None
+
+
 def pack(
-    stream: Iterator[Tokens],
+    stream: Stream,
     report: CorpusReport,
     max_rows: int | None,
     vocab_size: int | None,
@@ -67,13 +90,16 @@ def pack(
     outside the vocabulary and for a source that does not fill one row.
     """
     seq_len, first = report.seq_len, report.rows[0]
-    identity, stream = _identity(stream)
+    tokens, done, documents, identity = stream
+    if identity is None:
+        beginning, tokens = first_tokens(tokens)
+        identity = identity_of(beginning)
     report = replace(report, identity=identity)
     step = max(1, _CHUNK_TOKENS // seq_len)
     parts: list[np.ndarray] = []
     starts = np.empty(0, dtype=np.int64)  # of the documents that begin at or after row `done`
-    held = done = documents = 0
-    for batch in stream:
+    held = 0
+    for batch in tokens:
         starts = np.concatenate([starts, batch.starts + done * seq_len + held])
         parts.append(batch.ids)
         held += len(batch.ids)
@@ -106,6 +132,8 @@ def pack(
     documents += len(starts)
     if not done:
         raise _too_few(documents, held, seq_len)
+    if done < first:
+        raise InputError(f"there are only {done} rows of {seq_len} in it, not {first} or more")
     refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
     yield None, replace(report, documents=documents, dropped=held)
 
@@ -135,7 +163,13 @@ def refuse_foreign_ids(ids: np.ndarray, vocab_size: int | None, position: int) -
     raise InputError(f"token id {int(ids[at])} (token {position + at}) is outside {limit}")
 
 
-def _identity(stream: Iterator[Tokens]) -> tuple[str, Iterator[Tokens]]:
+def identity_of(ids: np.ndarray) -> str:
+    """The identity of a source that begins with these token ids."""
+    return hashlib.sha256(ids[:_IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
+
+
+def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]]:
+    """The ids that make a source's identity, or a few more, and the whole stream anew."""
     head: list[Tokens] = []
     length = 0
     for batch in stream:
@@ -144,8 +178,7 @@ def _identity(stream: Iterator[Tokens]) -> tuple[str, Iterator[Tokens]]:
         if length >= _IDENTITY_TOKENS:
             break
     ids = np.concatenate([batch.ids for batch in head]) if head else np.empty(0, dtype=np.int64)
-    digest = hashlib.sha256(ids[:_IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
-    return digest, chain(head, stream)
+    return ids, chain(head, stream)
 
 
 def _too_few(documents: int, tokens: int, needed: int) -> InputError:

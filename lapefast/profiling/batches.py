@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from numbers import Integral
+from time import perf_counter
 from typing import Any
 
 import psutil
@@ -11,14 +14,29 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lapefast.corpus import open_corpora
+from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
 
-__all__ = ["CorpusPass", "fitting_batch_size"]
+__all__ = ["Batch", "CorpusPass", "fitting_batch_size"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some full rows of one label's text.
+
+    Attributes:
+        label: whose text it is.
+        first_row: which row of that text comes first.
+        ids: token ids, int64 [rows, seq_len], on the CPU.
+    """
+
+    label: str
+    first_row: int
+    ids: Tensor
 
 
 class CorpusPass:
@@ -26,12 +44,14 @@ class CorpusPass:
 
     Args:
         model, corpora, tokenizer, seq_len, batch_size, max_tokens, progress, text: as
-            `lapefast.profile` takes them; ``text`` are its ``document``, ``field`` and
-            ``special_tokens``.
+            `lapefast.profile` takes them; ``text`` are its ``document``, ``field``,
+            ``special_tokens`` and ``token_cache``.
 
     Attributes:
         labels: in the order of the corpora.
         batch_size: rows per batch, but for the last of a label.
+        ended: label -> what is said of its text, as JSON, once all its batches were taken.
+        waited: seconds that whoever took batches waited for them.
 
     Raises:
         InputError: for what is wrong with the corpora or the arguments, as far as it can be known
@@ -68,29 +88,99 @@ class CorpusPass:
         self._max_tokens, self._progress = max_tokens, progress
         self.labels = list(self._opened)
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
+        self.ended: dict[str, dict[str, Any]] = {}
+        self.waited = 0.0
 
     def inputs(self, label: str) -> Iterator[dict[str, Any]]:
         """What the bare model is called with, batch after batch of one label's text."""
-        corpus = self._opened[label]
+        for batch in self.batches(label):
+            yield forward_inputs(self._bare, batch.ids.to(self._device))
+
+    def batches(self, label: str, first_row: int = 0) -> Iterator[Batch]:
+        """One label's batches from a row on, which is the first of a batch.
+
+        Raises:
+            InputError: for what is wrong with the text.
+        """
+        corpus, length = self._opened[label], self._lengths[label]
         with (
-            corpus.rows(self._lengths[label], self._max_tokens) as rows,
-            tqdm(desc=label, unit="tok", unit_scale=True, disable=not self._progress) as bar,
+            corpus.rows(length, self._max_tokens, start=first_row) as rows,
+            tqdm(
+                desc=label,
+                unit="tok",
+                unit_scale=True,
+                initial=first_row * length,
+                disable=not self._progress,
+            ) as bar,
         ):
-            for batch in _regrouped(rows, self.batch_size):
-                yield forward_inputs(self._bare, batch.to(self._device))
+            batches = _regrouped(rows, self.batch_size)
+            while (ids := self._next(batches)) is not None:
+                yield Batch(label, first_row, ids)
+                first_row += len(ids)
                 if rows.fraction:
-                    bar.total = max(int(bar.n / rows.fraction), bar.n + batch.numel())
-                bar.update(batch.numel())
+                    bar.total = max(int(bar.n / rows.fraction), bar.n + ids.numel())
+                bar.update(ids.numel())
             bar.total = bar.n
             bar.refresh()
+        self.ended[label] = self._said(corpus)
+
+    def all_batches(self, done: Mapping[str, int], in_turn: bool = False) -> Iterator[Batch]:
+        """Every label's batches: those of one label after those of another, or in turn.
+
+        Args:
+            done: label -> rows that were taken before. Labels in `ended` are left out.
+            in_turn: one batch of each label, then the next of each.
+        """
+        waiting = [
+            self.batches(label, done.get(label, 0))
+            for label in self.labels
+            if label not in self.ended
+        ]
+        if not in_turn:
+            yield from chain.from_iterable(waiting)
+            return
+        while waiting:
+            for batches in list(waiting):
+                batch = next(batches, None)
+                if batch is None:
+                    waiting.remove(batches)
+                else:
+                    yield batch
+
+    def fill_cache(self) -> None:
+        """Tokenise all texts that a token cache can keep, if there is one, before the pass."""
+        for label, corpus in self._opened.items():
+            corpus.fill_cache(self._lengths[label], self._max_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which batches there are, as JSON; known before the pass."""
+        return {
+            "labels": self.labels,
+            "text": {label: corpus.identity() for label, corpus in self._opened.items()},
+            "seq_len": self._lengths,
+            "batch_size": self.batch_size,
+            "max_tokens": self._max_tokens,
+        }
 
     def metadata(self) -> dict[str, Any]:
         """What a result says of the text it came from, as JSON; after the pass."""
         return {
             "seq_len": max(self._lengths.values()),
             "batch_size": self.batch_size,
-            "corpora": [corpus.report.to_json() for corpus in self._opened.values()],
+            "corpora": [self.ended[label] for label in self.labels],
         }
+
+    def _next(self, batches: Iterator[Tensor]) -> Tensor | None:
+        begin = perf_counter()
+        ids = next(batches, None)
+        self.waited += perf_counter() - begin
+        return ids
+
+    def _said(self, corpus: Corpus) -> dict[str, Any]:
+        """The report of a whole text, whichever row was the first to be taken this time."""
+        report = corpus.report.to_json()
+        rows = report["rows"][1]
+        return {**report, "rows": [0, rows], "tokens": rows * report["seq_len"]}
 
 
 def fitting_batch_size(model: nn.Module, length: int) -> int:
