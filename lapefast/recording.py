@@ -115,6 +115,14 @@ class Recorder:
         return self._metadata["fingerprint"]
 
     @property
+    def experts_implementation(self) -> str | None:
+        """How transformers ran mixtures so far, such as ``grouped_mm``, joined by + if by several.
+
+        Before any ran, how it would; None where the model has none.
+        """
+        return self._placement.experts_implementation()
+
+    @property
     def unproven(self) -> list[str]:
         """Sites that no token has reached yet, so that they were not compared with the original."""
         return [name for name, state in self._placement.states.items() if not state.proven]
@@ -165,28 +173,18 @@ class Recorder:
             )
         self.check()
         sites = self._reached()
+        found = {site.name: self._by_label(site.name) for site in sites}
         collected = {
-            name: {
-                site.name: self._shaped(site, getattr(self._statistics[site.name], name)).to(
-                    "cpu", copy=True
-                )
-                for site in sites
-            }
-            for name in self._names
+            name: {site: of[name].to("cpu", copy=True) for site, of in found.items() if name in of}
+            for name in (*self._names, "routed")
         }
-        routed = {
-            site.name: self._statistics[site.name]
-            .routed.to("cpu", copy=True)
-            .view(-1, site.experts)
-            for site in sites
-            if site.experts
-        }
+        routed = collected.pop("routed")
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
         if routed:
-            metadata["experts_implementation"] = self._placement.experts_implementation()
+            metadata["experts_implementation"] = self.experts_implementation
         return Profile(self.labels, sites, tokens, collected, metadata, routed)
 
     @property
@@ -194,13 +192,14 @@ class Recorder:
         """Everything in which it adds up, by name; added to in place, never replaced.
 
         `tokens/{stack}` int64 [1 + labels] (the first place is of no label), `flags/{site}` int64
-        [2], and `{statistic}/{site}` [labels, neurons]; each where its site lies. What runs added
-        up in several processes, or before and after a stop, is the sum of these.
+        [2], and `{statistic}/{site}` [labels, neurons], in a mixture [labels, experts, neurons]
+        and `routed/{site}` [labels, experts]; each where its site lies. What runs added up in
+        several processes, or before and after a stop, is the sum of these.
         """
         named = {f"tokens/{stack}": rows.tokens for stack, rows in self._stacks.items()}
         for site, statistics in self._statistics.items():
             named[f"flags/{site}"] = statistics.flags
-            named |= {f"{name}/{site}": one for name, one in statistics.tensors().items()}
+            named |= {f"{name}/{site}": one for name, one in self._by_label(site).items()}
         return named
 
     def mark(self, label: str) -> None:
@@ -224,7 +223,7 @@ class Recorder:
     def drain(self) -> dict[str, dict[str, Tensor]]:
         """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.
 
-        Of a mixture [labels * experts, neurons], and its ``routed`` [labels * experts].
+        Of a mixture [labels, experts, neurons], and its ``routed`` [labels, experts].
 
         For passes that look at every batch apart. On the sites' own devices.
 
@@ -236,7 +235,7 @@ class Recorder:
             self.check()
         finally:
             for site, statistics in self._statistics.items():
-                tensors = statistics.tensors()
+                tensors = self._by_label(site)
                 drained[site] = {name: tensor.clone() for name, tensor in tensors.items()}
                 for tensor in (*tensors.values(), statistics.flags):
                     tensor.zero_()
@@ -284,9 +283,8 @@ class Recorder:
             _log.warning("Not in the profile, as no token reached them: %s", ", ".join(left_out))
         return [site for site in self.sites if site.name not in left_out]
 
-    def _shaped(self, site: Site, statistic: Tensor) -> Tensor:
-        """[labels, neurons], in a mixture [labels, experts, neurons]."""
-        return statistic.view(len(self.labels), *site.shape)
+    def _by_label(self, site: str) -> dict[str, Tensor]:
+        return self._statistics[site].by_label(len(self.labels))
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)

@@ -48,6 +48,13 @@ class SiteStatistics:
         named = ("counts", "sums", "square_sums", "up_abs_sums", "routed")
         return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
 
+    def by_label(self, labels: int) -> dict[str, Tensor]:
+        """The same as views [labels, ...]; of a mixture [labels, experts, ...]."""
+        return {
+            name: tensor if self.routed is None else tensor.unflatten(0, (labels, -1))
+            for name, tensor in self.tensors().items()
+        }
+
     def scratch(self, groups: Tensor) -> SiteStatistics:
         """The same with zeros of its own, for a probe, whose tokens are of one group."""
         few = self.groups.experts
@@ -297,9 +304,15 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
 def expert_activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
     """The same of the activation module that all experts of a mixture call."""
     state: SiteState = self.__dict__[SITE]
-    if not state.active or state.routing.see is not None:
-        activation = state.original(self)(*given, **options)
-        return state.routing.see(activation) if state.active else activation
+    if not state.active:
+        return state.original(self)(*given, **options)
+    if len(given) != 1 or options:
+        raise InputError(
+            f"{state.name} gives its activation module more than the gate, so what that returns is "
+            "not the activation; lapefast can't handle this model"
+        )
+    if state.routing.see is not None:
+        return state.routing.see(state.original(self)(*given))
     state.routing.advance()
     try:
         return state.activated(self, given, options)

@@ -174,10 +174,11 @@ class Placement:
             for ffn in self.ffns
         }
 
-    def experts_implementation(self) -> str:
-        """How transformers ran the experts so far, such as ``grouped_mm``, joined likewise."""
-        routings = (state.routing for state in self.states.values() if state.routing is not None)
-        return "+".join(sorted({name for one in routings for name in one.implementations}))
+    def experts_implementation(self) -> str | None:
+        """See `lapefast.recording.Recorder.experts_implementation`."""
+        routings = [state.routing for state in self.states.values() if state.routing is not None]
+        ran = {name for one in routings for name in one.implementations}
+        return "+".join(sorted(ran or {one.implementation for one in routings})) or None
 
     def dtype(self) -> str:
         """The dtypes of the FFNs' weights, such as ``bfloat16``, joined where they differ."""

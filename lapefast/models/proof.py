@@ -69,11 +69,6 @@ class MixtureProof:
         given: tuple[Tensor, ...],
         rows: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        if state.probe is not None and len(given[1]) != state.probe.numel():
-            raise InputError(
-                f"{state.name} saw {len(given[1])} rows where the model's input has "
-                f"{state.probe.numel()} tokens, so its activations can't be assigned to tokens"
-            )
         self._state, self._class = state, type(module).__name__
         statistics = state.statistics
         counts = None if statistics is None else statistics.counts
@@ -122,6 +117,10 @@ def _check_owners(
     Of a few tokens. Another row may be as near only by what the dtype's rounding can move.
     """
     chosen = given[1]
+    if bool((chosen.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise InputError(
+            f"{state.name} routes a token to one expert twice, so tokens per expert can't be counted"
+        )
     some = torch.linspace(0, len(chosen) - 1, _SOME, device=chosen.device).long().unique()
     alone: list[Tensor] = []
     for token in some.tolist():

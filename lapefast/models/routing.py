@@ -77,6 +77,21 @@ class Routing:
         )
         leave(experts, ROUTING, self)
 
+    @property
+    def implementation(self) -> str:
+        """How transformers runs the experts now; `generate` may change it behind the prompt.
+
+        Raises:
+            InputError: in a way whose order of rows is not known.
+        """
+        name = getattr(self._module.config, "_experts_implementation", None) or "eager"
+        if name not in _ORDERS:
+            raise InputError(
+                f"{self._state.name} runs its experts by {name}, whose rows can't be told apart; "
+                f"choose one of {', '.join(_ORDERS)} by model.set_experts_implementation"
+            )
+        return name
+
     def remove(self) -> None:
         """Take the hooks out. Safe to repeat."""
         for hook in self.hooks:
@@ -84,9 +99,8 @@ class Routing:
         clear(self._module, ROUTING)
 
     def restart(self) -> None:
-        """What is placed now is not proven, and nothing ran with it."""
+        """What is placed now is not proven."""
         self._proven.clear()
-        self.implementations.clear()
 
     def advance(self) -> None:
         """Before the gate is applied: let the ops know whose rows come next, and count them."""
@@ -108,7 +122,8 @@ class Routing:
         if not state.active:
             return
         given = _in_order(module, args, kwargs)
-        name = self._implementation()
+        name = self.implementation
+        self._check_tokens(len(given[1]))
         rows = _ORDERS[name](given[1], self._count)
         if state.probe is None:
             self.implementations.add(name)
@@ -130,18 +145,21 @@ class Routing:
         if self._proof is not None:
             self._proof.check(output)
             self._proof = None
-            self._proven.add(self._implementation())
+            self._proven.add(self.implementation)
             state.proven = True
 
-    def _implementation(self) -> str:
-        """How transformers runs the experts now; `generate` changes it behind the prompt."""
-        name = getattr(self._module.config, "_experts_implementation", None) or "eager"
-        if name not in _ORDERS:
+    def _check_tokens(self, count: int) -> None:
+        state = self._state
+        known = [] if state.statistics is None else [state.statistics.groups.tokens.tensor]
+        known += [] if state.edits is None else [state.edits.sets.tokens.tensor]
+        expected = {one.numel() for one in known if one is not None} - {1}
+        if state.probe is not None:
+            expected.add(state.probe.numel())
+        if expected - {count}:
             raise InputError(
-                f"{self._state.name} runs its experts by {name}, whose rows can't be told apart; "
-                f"choose one of {', '.join(_ORDERS)} by model.set_experts_implementation"
+                f"{state.name} saw {count} tokens where the model's input has {max(expected)}, so "
+                "its activations can't be assigned to tokens"
             )
-        return name
 
 
 def _in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

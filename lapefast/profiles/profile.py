@@ -279,10 +279,12 @@ class Profile:
         for site in self.site_info:
             flat, seen = torch.arange(site.neurons), self.seen_tokens(site.name)
             for row, label in enumerate(self.labels):
-                columns = {"label": label, "site": site.name, "neuron": flat % site.width}
+                columns = {"label": label, "site": site.name}
                 if self.routed:
                     experts = (flat // site.width).tolist() if site.experts else [None] * len(flat)
                     columns["expert"] = pandas.array(experts, dtype="Int64")
+                columns["neuron"] = flat % site.width
+                if self.routed:
                     columns["routed"] = seen[row, ..., None].expand(site.shape).flatten()
                 columns |= {
                     name: of[site.name][row].flatten() for name, of in self.statistics.items()
