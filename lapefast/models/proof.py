@@ -119,7 +119,7 @@ def _check_owners(
     chosen = given[1]
     if bool((chosen.sort(dim=1).values.diff(dim=1) == 0).any()):
         raise InputError(
-            f"{state.name} routes a token to one expert twice, so tokens per expert can't be counted"
+            f"{state.name} routes a token to an expert twice, so its tokens can't be counted"
         )
     some = torch.linspace(0, len(chosen) - 1, _SOME, device=chosen.device).long().unique()
     alone: list[Tensor] = []

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model
+from lapefast.models.bare import bare_model, text_config
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
@@ -190,9 +190,12 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     """
     device = input_device(model)
     ffns = find_ffns(model, mixtures=True)
-    widest = max(ffns, key=lambda ffn: ffn.site.width)
+    chosen = getattr(text_config(model), "num_experts_per_tok", None) or 1
     # Gate, up, product, and about as much again for the attention and the residual stream.
-    per_token = 6 * widest.site.width * dtype_of(widest).itemsize
+    per_token = 6 * max(
+        ffn.site.width * (chosen if ffn.site.experts else 1) * dtype_of(ffn).itemsize
+        for ffn in ffns
+    )
     if device.type == "cuda":
         free, wanted = torch.cuda.mem_get_info(device)[0], 16384
     else:

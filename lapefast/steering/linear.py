@@ -119,7 +119,7 @@ def linear_edits(model: nn.Module, edit: Edit) -> list[LinearEdit]:
         return []
     for ffn in ffns:
         if ffn.site.experts:
-            raise refusal(ffn.site.name, "it is a mixture of experts;")
+            raise refusal(ffn.site.name, "a mixture of experts is not folded;")
     bare = bare_model(model)
     names = {ffn.site.name for ffn in ffns}
     tables = {site: table for site, table in edit.tables.items() if site in names}
