@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import mixtures
 import plain
 import pytest
@@ -278,6 +279,43 @@ def test_a_copy_of_a_placed_mixture_is_an_ordinary_one(name):
         recorder.set(label="a")
         model(IDS)
     assert int(recorder.profile().tokens) == 24
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@torch.no_grad()
+def test_a_mixture_compiles_to_one_graph_that_counts_and_edits(name, implementation):
+    mixture = by_name(name)
+    model = mixture.build(torch.bfloat16, implementation)
+    edits = edits_of(model, mixture)
+    with lf.record(model.model, LABELS) as recorder, lf.steer(model.model, edits):
+        recorder.set(groups=GROUPS)
+        expected = model.model(IDS)
+        once = recorder.profile()
+        compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+        assert plain.same(compiled(IDS), expected)
+    twice = recorder.profile()
+    for site in mixtures.experts_of(model):
+        assert torch.equal(twice.counts[site], 2 * once.counts[site])
+        assert torch.equal(twice.routed[site], 2 * once.routed[site])
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@torch.no_grad()
+def test_a_mixture_whose_weights_are_kept_off_the_device_is_counted_alike(name, tmp_path):
+    model = by_name(name).build(torch.float32, "grouped_mm")
+    expected, known = model(IDS), models.fingerprint(model)
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS)
+    counted = recorder.profile()
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert models.fingerprint(model) == known
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(model(IDS), expected)
+    for site, counts in recorder.profile().counts.items():
+        assert torch.equal(counts, counted.counts[site])
 
 
 @torch.no_grad()

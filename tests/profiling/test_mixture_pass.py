@@ -109,6 +109,12 @@ def test_folds_masks_and_edit_files_take_the_dense_sites_and_refuse_experts_by_n
         lf.train.neuron_mask(model, {"layers.1.mlp.experts": [1]})
 
 
+def test_published_count_files_are_not_of_a_mixture(tmp_path):
+    torch.save({"n": 5, "over_zero": torch.zeros(2, mixtures.WIDTH).int()}, tmp_path / "en")
+    with pytest.raises(InputError, match="layers.0.mlp.experts is a mixture of experts"):
+        lf.Profile.from_published({"en": tmp_path / "en"}, by_name("MixtralForCausalLM").build())
+
+
 def test_detectors_that_read_dense_ffns_refuse_a_mixture_by_name():
     model = by_name("MixtralForCausalLM").build()
     documents = {"en": [ROWS[0]], "zh": [ROWS[1]]}
