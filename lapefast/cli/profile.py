@@ -11,6 +11,7 @@ import typer
 from lapefast.cli import options
 from lapefast.cli.options import RUN_PANEL, TEXT_PANEL, check_output
 from lapefast.cli.processes import process_group
+from lapefast.errors import InputError
 
 __all__ = ["profile"]
 
@@ -56,6 +57,14 @@ def profile(
             rich_help_panel=RUN_PANEL,
         ),
     ] = 300.0,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Count the I-th of N parts of the text; `lapefast merge` adds them up.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
     token_cache: Annotated[
         Path | None,
         typer.Option(
@@ -79,6 +88,7 @@ def profile(
 
     check_output(output)
     corpora = parse_corpus_arguments(corpus)
+    chosen = None if part is None else _parsed(part)
     with process_group() as group:
         loaded = loading.load(model, corpora, text)
         from lapefast import profile as run
@@ -97,6 +107,7 @@ def profile(
             resume=resume,
             save_every=save_every,
             process_group=group,
+            part=chosen,
             token_cache=token_cache,
             **asdict(text),
         )
@@ -107,3 +118,11 @@ def profile(
 
     show(counted)
     console.print(f"wrote {output}", highlight=False)
+
+
+def _parsed(part: str) -> tuple[int, int]:
+    """The numbers of I/N."""
+    number, _, of = part.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise InputError(f"--part must be I/N with 1 <= I <= N, such as 3/8, got {part!r}")
+    return int(number), int(of)

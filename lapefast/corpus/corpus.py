@@ -23,7 +23,7 @@ from lapefast.corpus.packing import (
 )
 from lapefast.corpus.reading import DOCUMENTS
 from lapefast.corpus.sources import ArraySource, OnceSource, find_source
-from lapefast.corpus.token_cache import TokenCache, tokenizer_signature
+from lapefast.corpus.token_cache import TokenCache, enough, tokenizer_signature
 from lapefast.corpus.tokens import Tokenisation, Tokens
 from lapefast.errors import InputError
 
@@ -185,7 +185,7 @@ class Corpus:
                 read = 0
                 for tokens in self._tokens(needed):
                     read += len(tokens.ids)
-                    if needed is not None and read >= needed:
+                    if needed is not None and read >= enough(needed):
                         break
 
     def identity(self) -> str:

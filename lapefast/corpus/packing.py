@@ -15,6 +15,7 @@ from lapefast.corpus.tokens import Tokens
 from lapefast.errors import InputError
 
 __all__ = [
+    "IDENTITY_TOKENS",
     "CorpusReport",
     "Stream",
     "count_tokens",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 _CHUNK_TOKENS = 1 << 16
-_IDENTITY_TOKENS = 4096
+IDENTITY_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def pack(
     parts: list[np.ndarray] = []
     starts = np.empty(0, dtype=np.int64)  # of the documents that begin at or after row `done`
     held = 0
+    if done == max_rows:
+        yield None, replace(report, documents=documents, capped=True)
+        return
     for batch in tokens:
         starts = np.concatenate([starts, batch.starts + done * seq_len + held])
         parts.append(batch.ids)
@@ -127,14 +131,15 @@ def pack(
         parts = [ids[ready * seq_len :].copy()]
         held = len(parts[0])
         if done == max_rows:
-            yield None, replace(report, capped=True)
+            yield None, replace(report, documents=documents, capped=True)
             return
     documents += len(starts)
     if not done:
         raise _too_few(documents, held, seq_len)
     if done < first:
         raise InputError(f"there are only {done} rows of {seq_len} in it, not {first} or more")
-    refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
+    if held:
+        refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
     yield None, replace(report, documents=documents, dropped=held)
 
 
@@ -165,7 +170,7 @@ def refuse_foreign_ids(ids: np.ndarray, vocab_size: int | None, position: int) -
 
 def identity_of(ids: np.ndarray) -> str:
     """The identity of a source that begins with these token ids."""
-    return hashlib.sha256(ids[:_IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(ids[:IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
 
 
 def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]]:
@@ -175,7 +180,7 @@ def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]
     for batch in stream:
         head.append(batch)
         length += len(batch.ids)
-        if length >= _IDENTITY_TOKENS:
+        if length >= IDENTITY_TOKENS:
             break
     ids = np.concatenate([batch.ids for batch in head]) if head else np.empty(0, dtype=np.int64)
     return ids, chain(head, stream)

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from lapefast.corpus.packing import IDENTITY_TOKENS
 from lapefast.corpus.tokens import Tokens
 from lapefast.errors import InputError
 from lapefast.files import write_atomically
 
-__all__ = ["CachedTokens", "TokenCache", "tokenizer_signature"]
+__all__ = ["CachedTokens", "TokenCache", "enough", "tokenizer_signature"]
 
 _CHUNK_TOKENS = 1 << 16
 _PER_CALL = ("padding", "truncation")
@@ -59,7 +60,7 @@ class TokenCache:
                     np.memmap(ids, dtype="<i4", mode="r", shape=(said["tokens"],)),
                     np.load(starts, allow_pickle=False),
                 )
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, EOFError, ValueError, KeyError, TypeError):
                 continue
             complete = ids.stat().st_size == 4 * said["tokens"]
             if complete and len(found.starts) == said["documents"]:
@@ -83,7 +84,7 @@ class TokenCache:
                 total += len(batch.ids)
                 with _writing(self._directory), open(temporary, "ab") as file:
                     file.write(batch.ids.astype("<i4").tobytes())
-                if needed is not None and total >= needed:
+                if needed is not None and total >= enough(needed):
                     kept = True
                     self._keep(temporary, (ids, starts, about), begins, total)
                     yield batch
@@ -120,6 +121,11 @@ class TokenCache:
         text = json.dumps({**self._key, "needed": needed}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         return tuple(self._directory / f"{name}.{kind}" for kind in ("ids", "npy", "json"))
+
+
+def enough(needed: int) -> int:
+    """How many ids are kept where so many are needed: a source's identity is read from them too."""
+    return max(needed, IDENTITY_TOKENS)
 
 
 class CachedTokens:

@@ -44,9 +44,9 @@ class Profile:
         metadata: what can be written as JSON. `fingerprint`, `dtype`, `threshold` and `edited`
             must agree (where known) when profiles are added; `model` names the model; `corpora`
             lists dicts with `label`, `source`, `identity`, and `rows` [start, stop] of `seq_len`
-            tokens, by which text that is counted twice for a label is found (no identity: by its
-            source; a source None is like no other); anything else, such as tokenizer, batch size,
-            threads and versions, describes the run.
+            tokens, and `part` where it is one of several, by which text that is counted twice for a
+            label is found (no identity: by its source; a source None is like no other); anything
+            else, such as tokenizer, batch size, threads and versions, describes the run.
         routed: mixture -> int64 [labels, experts], the label's tokens that each expert saw.
 
     Raises:
@@ -473,6 +473,8 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     known = "identity" if a.get("identity") and b.get("identity") else "source"
     if a.get(known) is None or a[known] != b.get(known) or a["label"] != b["label"]:
         return False
+    if _other_part(a, b):
+        return False
     if not (a["seq_len"] and b["seq_len"]):
         a, b = {**a, "seq_len": 1}, {**b, "seq_len": 1}
     # Rows of two lengths are no common measure: compared are their places in the token stream.
@@ -480,6 +482,15 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         *([row * entry["seq_len"] for row in entry["rows"]] for entry in (a, b)), strict=True
     )
     return max(starts) < min(stops)
+
+
+def _other_part(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two entries are different parts of one text that was divided in one way."""
+    ways = [
+        (entry["seq_len"], *(entry.get("part", {}).get(name) for name in ("of", "batch_size")))
+        for entry in (a, b)
+    ]
+    return "part" in a and ways[0] == ways[1] and a["part"]["number"] != b["part"]["number"]
 
 
 def _runs(profile: Profile) -> list[dict[str, Any]]:

@@ -46,6 +46,8 @@ class CorpusPass:
         model, corpora, tokenizer, seq_len, batch_size, max_tokens, progress, text: as
             `lapefast.profile` takes them; ``text`` are its ``document``, ``field``,
             ``special_tokens`` and ``token_cache``.
+        part: ``(i, n)``: the batches of each label whose numbers leave ``i - 1`` when divided by
+            ``n``; None is all.
 
     Attributes:
         labels: in the order of the corpora.
@@ -67,6 +69,7 @@ class CorpusPass:
         batch_size: int | None,
         max_tokens: int | None,
         progress: bool,
+        part: tuple[int, int] | None = None,
         **text: Any,
     ) -> None:
         length = row_length(model, seq_len)
@@ -74,6 +77,8 @@ class CorpusPass:
             raise InputError(f"batch_size must be an integer, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if part is not None and not 1 <= part[0] <= part[1]:
+            raise InputError(f"part must be (i, n) with 1 <= i <= n, got {part}")
         opened = open_corpora(corpora, tokenizer, vocab_size=vocabulary_size(model), **text)
         self._lengths = {
             corpus.label: row_length(model, corpus.row_length) if corpus.row_length else length
@@ -85,7 +90,7 @@ class CorpusPass:
             corpus.check(self._lengths[corpus.label])
         self._opened = {corpus.label: corpus for corpus in opened}
         self._bare, self._device = bare_model(model), input_device(model)
-        self._max_tokens, self._progress = max_tokens, progress
+        self._max_tokens, self._progress, self._part = max_tokens, progress, part
         self.labels = list(self._opened)
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
         self.ended: dict[str, dict[str, Any]] = {}
@@ -115,7 +120,8 @@ class CorpusPass:
         ):
             batches = _regrouped(rows, self.batch_size)
             while (ids := self._next(batches)) is not None:
-                yield Batch(label, first_row, ids)
+                if self._takes(first_row):
+                    yield Batch(label, first_row, ids)
                 first_row += len(ids)
                 if rows.fraction:
                     bar.total = max(int(bar.n / rows.fraction), bar.n + ids.numel())
@@ -160,6 +166,7 @@ class CorpusPass:
             "seq_len": self._lengths,
             "batch_size": self.batch_size,
             "max_tokens": self._max_tokens,
+            "part": list(self._part) if self._part else None,
         }
 
     def metadata(self) -> dict[str, Any]:
@@ -179,8 +186,19 @@ class CorpusPass:
     def _said(self, corpus: Corpus) -> dict[str, Any]:
         """The report of a whole text, whichever row was the first to be taken this time."""
         report = corpus.report.to_json()
-        rows = report["rows"][1]
-        return {**report, "rows": [0, rows], "tokens": rows * report["seq_len"]}
+        rows, size = report["rows"][1], self.batch_size
+        said = {**report, "rows": [0, rows], "tokens": rows * report["seq_len"]}
+        if self._part is not None:
+            taken = [min(size, rows - row) for row in range(0, rows, size) if self._takes(row)]
+            said["tokens"] = sum(taken) * report["seq_len"]
+            said["part"] = {"number": self._part[0], "of": self._part[1], "batch_size": size}
+        return said
+
+    def _takes(self, first_row: int) -> bool:
+        """Whether the batch that begins with this row belongs to the part that is taken."""
+        return self._part is None or first_row // self.batch_size % self._part[1] == (
+            self._part[0] - 1
+        )
 
 
 def fitting_batch_size(model: nn.Module, length: int) -> int:

@@ -45,6 +45,7 @@ def profile(
     *,
     save_every: float = 300.0,
     process_group: torch.distributed.ProcessGroup | None = None,
+    part: tuple[int, int] | None = None,
     token_cache: str | os.PathLike[str] | None = None,
     document: str = "line",
     field: str = "text",
@@ -82,6 +83,8 @@ def profile(
         process_group: processes that share the work, each with a copy of the model; called by all
             of them, and each gets the whole profile. Every process runs whole batches, the same
             ones however many processes there are. None: this process works alone.
+        part: ``(i, n)``, 1 <= i <= n: of the batches, those of one of ``n`` jobs that know nothing
+            of each other; their profiles add up to the whole one, with counts bit-identical.
         token_cache: a directory that keeps token ids; see `lapefast.corpus.Corpus`. With several
             processes, the first one fills it before the pass.
         document, field, special_tokens: how text is read; see `lapefast.corpus.Corpus`.
@@ -105,6 +108,7 @@ def profile(
             saving.batch_size if batch_size is None else batch_size,
             max_tokens,
             progress and team.first,
+            part,
             document=document,
             field=field,
             special_tokens=special_tokens,
@@ -135,7 +139,7 @@ def profile(
                 team.from_first(text.fill_cache)
             rows_at_once = saving.saved.get("rows_at_once", text.batch_size)
             counting = Counting(bare, recorder, rows_at_once)
-            _count_all(text, counting, recorder, saving, team, resume is not None)
+            _count_all(text, counting, recorder, saving, team)
             team.share(recorder.tensors.values())
             counted = recorder.profile()
     halved = -team.highest(-counting.rows_at_once)
@@ -155,12 +159,11 @@ def _count_all(
     recorder: Recorder,
     saving: Saving,
     team: Team,
-    heed_signals: bool,
 ) -> None:
     """Count all batches, a round of one for each process at a time, each round wholly or not."""
     begin = time.perf_counter()
     batches = text.all_batches(saving.rows)
-    with Signals() if heed_signals else nullcontext() as signals:
+    with Signals() if saving.keeps else nullcontext() as signals:
         while True:
             ended = dict(text.ended)
             round: list[Batch] = []

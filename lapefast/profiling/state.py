@@ -114,11 +114,12 @@ def check_same(directory: Path, saved: Mapping[str, Any], given: Mapping[str, An
     differences = []
     for name, now in given.items():
         then = saved.get(name)
-        if isinstance(now, Mapping) and isinstance(then, Mapping) and now.keys() == then.keys():
+        if isinstance(now, Mapping) and isinstance(then, Mapping):
+            # What one of them lacks is named as a difference of labels.
             differences += [
                 f"{name} of {key!r}: {_short(then[key])} there, {_short(now[key])} here"
                 for key in now
-                if then[key] != now[key]
+                if key in then and then[key] != now[key]
             ]
         elif then != now:
             differences.append(f"{name}: {_short(then)} there, {_short(now)} here")
