@@ -202,7 +202,7 @@ def _mixture(path: str, module: nn.Module) -> FFN:
     """
     name = f"{path} ({type(module).__name__})"
     # Experts that are split over processes are numbered anew in each.
-    if not hasattr(type(module), "_apply_gate") or getattr(module, "_is_expert_parallel", True):
+    if not hasattr(type(module), "_apply_gate") or getattr(module, "_is_expert_parallel", False):
         raise InputError(
             f"{name} is a mixture of experts that lapefast can't handle: expected one module whose "
             "experts transformers (5 or later) runs as eager, batched_mm or grouped_mm"
@@ -223,7 +223,7 @@ def _mixture(path: str, module: nn.Module) -> FFN:
         stack_of(path),
         experts=shape[0],
     )
-    return FFN(site, module, activation, module, module.has_gate, None)
+    return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)
 
 
 def _child(module: nn.Module, path: str):

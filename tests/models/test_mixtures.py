@@ -230,6 +230,40 @@ def test_an_edit_per_sequence_holds_while_the_model_generates(name, implementati
     assert not torch.equal(expected, plainly_made)
 
 
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+def test_an_edit_holds_where_it_is_asked_for(mixtral, implementation, where):
+    mixtral.set_experts_implementation(implementation)
+    edit = edits_of(mixtral, by_name("MixtralForCausalLM"))[2]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def change(site, activation, owners):
+        prompt = max(token for _, token in owners) > 2
+        return plainly([edit if prompt == (where == "prompt") else None], 8)(
+            site, activation, owners
+        )
+
+    with mixtures.watched(mixtral, change):
+        expected = mixtral.generate(IDS, **options)
+    with lf.steer(mixtral, edit, where=where):
+        assert torch.equal(mixtral.generate(IDS, **options), expected)
+
+
+@torch.no_grad()
+def test_experts_and_tokens_that_are_all_alike_are_no_reason_to_refuse(
+    mixtral, dtype, implementation
+):
+    """As in a model whose experts are copies of one FFN, at the token that begins every text."""
+    mixtral.to(dtype).set_experts_implementation(implementation)
+    for experts in mixtures.experts_of(mixtral).values():
+        experts.gate_up_proj.copy_(experts.gate_up_proj[:1].expand_as(experts.gate_up_proj))
+    ids = IDS.clone()
+    ids[:, 0] = 1
+    with lf.record(mixtral, LABELS) as recorder:
+        recorder.set(groups=GROUPS)
+        mixtral(ids)
+    assert recorder.unproven == []
+
+
 @torch.no_grad()
 def test_padding_is_edited_as_its_sequence_and_counts_nowhere(mixtral):
     with lf.record(mixtral, ["a"]) as recorder:
