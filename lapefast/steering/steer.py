@@ -149,25 +149,23 @@ class Steering:
             edit.tables.get(site.name, _NOTHING) if isinstance(edit, Edit) else _NOTHING
             for edit in self.edits
         ]
-        # Each expert has a set of its own for each edit.
-        first = torch.arange(site.experts or 1) * site.width
-        starts = [torch.searchsorted(table[0], first) for table in tables]
-        sizes = [len(table[0]) for table in tables]
-        before = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-        if not before[-1]:
+        # Numbered on from edit to edit; each has a set for every expert of a mixture.
+        numbered = torch.cat([table[0] + i * site.neurons for i, table in enumerate(tables)])
+        if not len(numbered):
             return None
-        offsets = [start + done for start, done in zip(starts, before, strict=False)]
+        sets = len(tables) * (site.experts or 1)
+        offsets = torch.searchsorted(numbered, torch.arange(sets + 1) * site.width)
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
             return values.to(device=device, dtype=dtype).contiguous()
 
-        neurons, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
+        _, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
         rows = self._stacks.get(site.stack)
         return SiteEdits(
             sets=rows_at(site, RowIndex() if rows is None else rows.index_on(device)),
             tables=(
-                on_device(torch.cat([*offsets, torch.tensor(before[-1:])]), torch.int32),
-                on_device(neurons % site.width, torch.int32),
+                on_device(offsets, torch.int32),
+                on_device(numbered % site.width, torch.int32),
                 on_device(scale, torch.float32),
                 on_device(shift, torch.float32),
                 on_device(torch.zeros(2), torch.int64),
