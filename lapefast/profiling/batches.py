@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Integral
 from time import perf_counter
 from typing import Any
@@ -94,6 +93,7 @@ class CorpusPass:
         self.labels = list(self._opened)
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
         self.ended: dict[str, dict[str, Any]] = {}
+        self._identities: dict[str, str] = {}
         self.waited = 0.0
 
     def inputs(self, label: str) -> Iterator[dict[str, Any]]:
@@ -130,28 +130,40 @@ class CorpusPass:
             bar.refresh()
         self.ended[label] = self._said(corpus)
 
-    def all_batches(self, done: Mapping[str, int], in_turn: bool = False) -> Iterator[Batch]:
-        """Every label's batches: those of one label after those of another, or in turn.
+    def all_batches(self, done: Mapping[str, int]) -> Iterator[Batch]:
+        """Every label's batches, those of one label after those of another.
 
         Args:
             done: label -> rows that were taken before. Labels in `ended` are left out.
-            in_turn: one batch of each label, then the next of each.
         """
-        waiting = [
-            self.batches(label, done.get(label, 0))
+        for label in self.labels:
+            if label not in self.ended:
+                yield from self.batches(label, done.get(label, 0))
+
+    def in_turn(self, done: Mapping[str, int]) -> Iterator[Batch | None]:
+        """One batch of each label, then the next of each; None after 1, 2, 4, 8 and so on of each.
+
+        Args:
+            done: as above; wherever a run was stopped, the batches that follow are the same.
+        """
+        taken = {
+            label: -(-done.get(label, 0) // self.batch_size)
             for label in self.labels
             if label not in self.ended
-        ]
-        if not in_turn:
-            yield from chain.from_iterable(waiting)
-            return
+        }
+        waiting = {label: self.batches(label, done.get(label, 0)) for label in taken}
+        turn = min(taken.values(), default=0)
         while waiting:
-            for batches in list(waiting):
-                batch = next(batches, None)
+            for label in [label for label in waiting if taken[label] == turn]:
+                batch = next(waiting[label], None)
                 if batch is None:
-                    waiting.remove(batches)
+                    del waiting[label]
                 else:
+                    taken[label] += 1
                     yield batch
+            turn += 1
+            if turn.bit_count() == 1:
+                yield None
 
     def fill_cache(self) -> None:
         """Tokenise all texts that a token cache can keep, if there is one, before the pass."""
@@ -159,22 +171,30 @@ class CorpusPass:
             corpus.fill_cache(self._lengths[label], self._max_tokens)
 
     def settings(self) -> dict[str, Any]:
-        """What decides which batches there are, as JSON; known before the pass."""
+        """What decides which batches there are, as JSON; to be asked before the pass."""
+        self._identities = {label: corpus.identity() for label, corpus in self._opened.items()}
         return {
             "labels": self.labels,
-            "text": {label: corpus.identity() for label, corpus in self._opened.items()},
+            "text": self._identities,
             "seq_len": self._lengths,
             "batch_size": self.batch_size,
             "max_tokens": self._max_tokens,
             "part": list(self._part) if self._part else None,
         }
 
-    def metadata(self) -> dict[str, Any]:
-        """What a result says of the text it came from, as JSON; after the pass."""
+    def metadata(self, done: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """What a result says of the text it came from, as JSON; after the pass.
+
+        Args:
+            done: label -> rows that were taken, of labels whose text had not ended.
+        """
         return {
             "seq_len": max(self._lengths.values()),
             "batch_size": self.batch_size,
-            "corpora": [self.ended[label] for label in self.labels],
+            "corpora": [
+                self.ended[label] if label in self.ended else self._said_so_far(corpus, done[label])
+                for label, corpus in self._opened.items()
+            ],
         }
 
     def _next(self, batches: Iterator[Tensor]) -> Tensor | None:
@@ -193,6 +213,20 @@ class CorpusPass:
             said["tokens"] = sum(taken) * report["seq_len"]
             said["part"] = {"number": self._part[0], "of": self._part[1], "batch_size": size}
         return said
+
+    def _said_so_far(self, corpus: Corpus, rows: int) -> dict[str, Any]:
+        """The same of a text that has not ended, but for its documents: some were read ahead."""
+        length = self._lengths[corpus.label]
+        return {
+            "label": corpus.label,
+            "source": corpus.name,
+            "identity": self._identities[corpus.label],
+            "seq_len": length,
+            "rows": [0, rows],
+            "tokens": rows * length,
+            "dropped": 0,
+            "capped": True,
+        }
 
     def _takes(self, first_row: int) -> bool:
         """Whether the batch that begins with this row belongs to the part that is taken."""

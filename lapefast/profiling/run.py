@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lapefast.recording import Recorder
 __all__ = ["profile"]
 
 _log = logging.getLogger(__name__)
+_END = object()
 _GOING, _DUE, _BROKEN = range(3)  # how a round ended, by rising weight
 
 
@@ -50,6 +50,7 @@ def profile(
     document: str = "line",
     field: str = "text",
     special_tokens: bool = True,
+    until: Callable[[Profile], bool] | None = None,
 ) -> Profile:
     """Count, for each label's text, how often every FFN neuron of ``model`` is active.
 
@@ -96,6 +97,10 @@ def profile(
         RunStopped: by a signal, once the state is saved.
         RunFailed: where another process has failed or ended.
     """
+    if until is not None and part is not None:
+        raise InputError(
+            "a part of the text can't tell whether the whole is enough: leave out part or until"
+        )
     if not save_every >= 0:
         raise InputError(f"save_every must be 0 seconds or more, got {save_every!r}")
     team = Team(process_group)
@@ -133,23 +138,28 @@ def profile(
                 "document": document,
                 "field": field,
                 "special_tokens": special_tokens,
+                "until": getattr(until, "target", None),
             }
             saving.begin(settings, recorder, text)
             if token_cache is not None and team.size > 1:
                 team.from_first(text.fill_cache)
             rows_at_once = saving.saved.get("rows_at_once", text.batch_size)
             counting = Counting(bare, recorder, rows_at_once)
-            _count_all(text, counting, recorder, saving, team)
+            if not saving.enough:
+                _count_all(text, counting, recorder, saving, team, until)
+            elif until is not None:
+                team.from_first(lambda: until(recorder.profile()))
             team.share(recorder.tensors.values())
             counted = recorder.profile()
-    halved = -team.highest(-counting.rows_at_once)
-    counted.metadata.update(
-        tokenizer=getattr(tokenizer, "name_or_path", None),
-        **text.metadata(),
-        processes=team.size,
-        **({"rows_at_once": halved} if halved < text.batch_size else {}),
-        **({"changes": saving.changes} if saving.changes else {}),
-    )
+        halved = -team.highest(-counting.rows_at_once)
+        counted.metadata.update(
+            tokenizer=getattr(tokenizer, "name_or_path", None),
+            **text.metadata(saving.rows),
+            processes=team.size,
+            **({"rows_at_once": halved} if halved < text.batch_size else {}),
+            **({"changes": saving.changes} if saving.changes else {}),
+            **team.from_first(lambda: getattr(until, "metadata", {})),
+        )
     return counted
 
 
@@ -159,18 +169,21 @@ def _count_all(
     recorder: Recorder,
     saving: Saving,
     team: Team,
+    until: Callable[[Profile], bool] | None,
 ) -> None:
-    """Count all batches, a round of one for each process at a time, each round wholly or not."""
+    """Count batches, a round of one for each process at a time, each round wholly or not at all."""
     begin = time.perf_counter()
-    batches = text.all_batches(saving.rows)
-    with Signals() if saving.keeps else nullcontext() as signals:
-        while True:
+    batches = text.all_batches(saving.rows) if until is None else text.in_turn(saving.rows)
+    with closing(batches), Signals() if saving.keeps else nullcontext() as signals:
+        going = True
+        while going and not saving.enough:
             ended = dict(text.ended)
             round: list[Batch] = []
+            ask = False
             problem: BaseException | None = None
             try:
                 with signals.heard() if signals else nullcontext():
-                    round = list(islice(batches, team.size))
+                    round, ask = _next_round(batches, team.size)
                     for batch in round[team.rank : team.rank + 1]:
                         counting.count(batch)
             except (Exception, RunStopped) as error:
@@ -185,9 +198,23 @@ def _count_all(
             counting.keep()
             for batch in round:
                 saving.rows[batch.label] = batch.first_row + len(batch.ids)
-            if verdict == _DUE or not round:
-                saving.save(recorder, text, counting.rows_at_once)
-            if not round:
-                break
+            going = bool(round) or ask
+            if verdict == _DUE or ask or not going:
+                asked = until if ask or not going else None
+                saving.save(recorder, text, counting.rows_at_once, asked)
     spent = time.perf_counter() - begin
     _log.info("Waited for text in %.1f%% of %.1f s", 100 * text.waited / spent, spent)
+
+
+def _next_round(batches: Iterator[Batch | None], size: int) -> tuple[list[Batch], bool]:
+    """As many batches as there are processes, or fewer before a pause; and whether there is one.
+
+    Rounds end at pauses, so that what is asked then does not depend on the number of processes.
+    """
+    round: list[Batch] = []
+    while len(round) < size:
+        batch = next(batches, _END)
+        if batch is _END or batch is None:
+            return round, batch is None
+        round.append(batch)
+    return round, False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lapefast.errors import InputError, RunFailed, RunStopped
+from lapefast.profiles import Profile
 from lapefast.profiling.batches import CorpusPass
 from lapefast.profiling.state import RunDirectory, check_same
 from lapefast.profiling.team import Team
@@ -35,6 +36,7 @@ class Saving:
         rows: label -> rows that are counted, of the labels that were begun.
         saved: what an earlier run said of itself; empty where there was none.
         changes: what was another after an earlier stop, as JSON.
+        enough: whether what was counted was found to be enough.
 
     Raises:
         InputError: the directory can't be used; see `RunDirectory`.
@@ -51,6 +53,7 @@ class Saving:
         self.saved: dict[str, Any] = {} if path is None else team.from_first(self._open)
         self.rows: dict[str, int] = dict(self.saved.get("rows", {}))
         self.changes: list[dict[str, Any]] = list(self.saved.get("changes", ()))
+        self.enough: bool = self.saved.get("enough", False)
 
     def __enter__(self) -> Saving:
         return self
@@ -103,8 +106,18 @@ class Saving:
                 tensor.copy_(self._tensors[name])
         self._tensors = {}
 
-    def save(self, recorder: Recorder, text: CorpusPass, rows_at_once: int) -> None:
+    def save(
+        self,
+        recorder: Recorder,
+        text: CorpusPass,
+        rows_at_once: int,
+        until: Callable[[Profile], bool] | None = None,
+    ) -> None:
         """Bring the statistics together in the first process, look at them and save them.
+
+        Args:
+            recorder, text, rows_at_once: of the run.
+            until: asked, in the first process, whether what was counted is enough.
 
         Raises:
             InputError: an activation was not finite, or the state can't be written; what was saved
@@ -112,15 +125,24 @@ class Saving:
         """
         least = -self._team.highest(-rows_at_once)
         self._team.collect(recorder.tensors.values())
-        about = {
-            "settings": self._settings,
-            "environment": _environment(recorder),
-            "changes": self.changes,
-            "rows": self.rows,
-            "ended": text.ended,
-            "rows_at_once": least,
-        }
-        self._team.from_first(lambda: self._write(about, recorder))
+
+        def look() -> bool:
+            recorder.check()
+            enough = until is not None and until(recorder.profile())
+            if self._directory is not None:
+                about = {
+                    "settings": self._settings,
+                    "environment": _environment(recorder),
+                    "changes": self.changes,
+                    "rows": self.rows,
+                    "ended": text.ended,
+                    "rows_at_once": least,
+                    "enough": enough,
+                }
+                self._directory.save(about, recorder.tensors)
+            return enough
+
+        self.enough = self._team.from_first(look)
         self._saved_at = time.monotonic()
 
     def leaving(self, problem: BaseException | None) -> BaseException:
@@ -148,11 +170,6 @@ class Saving:
         self._directory = self._stack.enter_context(RunDirectory(self._path))
         about, self._tensors = self._directory.load() or ({}, {})
         return about
-
-    def _write(self, about: Mapping[str, Any], recorder: Recorder) -> None:
-        recorder.check()
-        if self._directory is not None:
-            self._directory.save(about, recorder.tensors)
 
 
 def _environment(recorder: Recorder) -> dict[str, Any]:

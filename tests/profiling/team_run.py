@@ -15,6 +15,7 @@ import pytest
 import run_inputs
 import torch
 import torch.distributed as dist
+from test_enough import Enough
 from test_survival import Breaks, Broken, profiled
 
 import lapefast as lf
@@ -118,6 +119,14 @@ def the_first_fills_the_token_cache_for_all(directory: Path, group) -> None:
     dist.barrier()
 
 
+def it_is_asked_at_the_same_places_however_many_they_are(directory: Path, group) -> None:
+    for tokens in (24 * 2, 24 * 8):
+        alone = profiled(run_inputs.model(), ROWS, until=Enough(tokens))
+        shared = profiled(run_inputs.model(), ROWS, until=Enough(tokens), process_group=group)
+        same_counts(shared, alone)
+        assert shared.metadata["asked"] == alone.metadata["asked"]
+
+
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group()
@@ -128,6 +137,7 @@ def main(directory: Path) -> None:
         one_that_runs_out_of_memory_halves_its_rows,
         what_the_first_refuses_all_refuse,
         the_first_fills_the_token_cache_for_all,
+        it_is_asked_at_the_same_places_however_many_they_are,
     ):
         check(directory, dist.group.WORLD)
         dist.barrier()

@@ -1,0 +1,84 @@
+"""A pass that reads its labels in turn until enough was counted."""
+
+from __future__ import annotations
+
+import pytest
+import run_inputs
+import torch
+from test_survival import Breaks, Broken, assert_equal, profiled
+
+from lapefast.errors import InputError
+
+ROWS = 24  # of the first label, in batches of two: 12; 4 of the second
+
+
+class Enough:
+    """Once the first label has so many tokens."""
+
+    target = "test"
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.asked: list[list[int]] = []
+
+    def __call__(self, profile) -> bool:
+        self.asked.append([int(tokens) // 24 for tokens in profile.tokens])  # batches
+        return int(profile.tokens[0]) >= self.tokens
+
+    @property
+    def metadata(self) -> dict:
+        return {"asked": self.asked[-1]}
+
+
+def test_it_is_asked_at_doubling_batches_of_labels_in_turn_and_at_the_end():
+    never = Enough(10**9)
+    profile = profiled(run_inputs.model(), until=never)
+    assert never.asked == [[1, 1], [2, 2], [4, 4], [8, 4], [12, 4]]
+    assert_equal(profile, profiled(run_inputs.model()))
+    assert profile.metadata["asked"] == [12, 4]
+
+
+def test_it_stops_and_says_what_was_read():
+    rows = run_inputs.corpora(ROWS)
+    profile = profiled(run_inputs.model(), until=Enough(24 * 8))
+    assert profile.tokens.tolist() == [8 * 24, 4 * 24]
+    first, second = profile.metadata["corpora"]
+    assert (first["rows"], first["tokens"], first["capped"]) == ([0, 16], 8 * 24, True)
+    assert (second["rows"], second["capped"]) == ([0, 8], False)
+    assert "documents" not in first
+    part = {"en": rows["en"][:16], "zh": rows["zh"]}
+    assert_equal(profile, profiled(run_inputs.model(), corpora=part))
+    # An iterator cannot be looked at again afterwards.
+    once = {label: iter(of.tolist()) for label, of in rows.items()}
+    again = profiled(run_inputs.model(), corpora=once, seq_len=12, until=Enough(24 * 8))
+    assert_equal(again, profile)
+    assert again.metadata["corpora"][0]["identity"] == first["identity"]
+
+
+@pytest.mark.parametrize("enough", [24 * 2, 24 * 8, 10**9])
+def test_wherever_it_is_stopped_it_ends_where_an_undisturbed_run_ends(tmp_path, enough):
+    model = run_inputs.model()
+    expected = profiled(model, until=Enough(enough))
+    batches = int(expected.tokens.sum()) // 24
+    for number in range(batches):
+        run = tmp_path / f"run-{number}"
+        with Breaks(model, 2 + number, Broken()), pytest.raises(Broken):
+            profiled(model, resume=run, until=Enough(enough))
+        profile = profiled(model, resume=run, until=Enough(enough))
+        assert_equal(profile, expected)
+        assert profile.metadata == expected.metadata
+        assert profiled(model, resume=run, until=Enough(enough)).metadata == expected.metadata
+
+
+def test_a_part_cannot_tell():
+    with pytest.raises(InputError, match="leave out part or until"):
+        profiled(run_inputs.model(), part=(1, 2), until=Enough(1))
+
+
+def test_what_is_asked_may_refuse(tmp_path):
+    def refusing(profile) -> bool:
+        raise InputError("not with this profile")
+
+    with pytest.raises(InputError, match="not with this profile"):
+        profiled(run_inputs.model(), until=refusing, resume=tmp_path / "run")
+    assert torch.is_grad_enabled()
