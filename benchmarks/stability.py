@@ -116,7 +116,7 @@ class Language:
             statistics["shard_counts"] = {"ffn": shard_counts}
             shard_tokens = {"decoder": shard_tokens}
         sites = [Site("ffn", self.case.neurons, "SiLU")]
-        return lf.Profile(labels, sites, {"decoder": tokens}, statistics, {}, shard_tokens)
+        return lf.Profile(labels, sites, {"decoder": tokens}, statistics, shard_tokens=shard_tokens)
 
 
 def synthetic(case: Case, seed: int) -> Trial:

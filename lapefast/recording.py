@@ -19,7 +19,7 @@ from lapefast.models.groups import shard_groups, token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
-from lapefast.models.rows import StackRows
+from lapefast.models.rows import StackRows, rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import GROUPS
@@ -123,6 +123,14 @@ class Recorder:
         return self._metadata["fingerprint"]
 
     @property
+    def experts_implementation(self) -> str | None:
+        """How transformers ran mixtures so far, such as ``grouped_mm``, joined by + if by several.
+
+        Before any ran, how it would; None where the model has none.
+        """
+        return self._placement.experts_implementation()
+
+    @property
     def unproven(self) -> list[str]:
         """Sites that no token has reached yet, so that they were not compared with the original."""
         return [name for name, state in self._placement.states.items() if not state.proven]
@@ -185,31 +193,36 @@ class Recorder:
             )
         self.check()
         sites = self._reached()
-        read = {site.name: self._read(self._statistics[site.name]) for site in sites}
+        read = {site.name: self._read(site.name) for site in sites}
         collected = {
-            name: {site: statistics[name].cpu() for site, statistics in read.items()}
-            for name in self._names
+            name: {site: of[name].cpu() for site, of in read.items() if name in of}
+            for name in (*self._names, "routed", "shard_routed")
         }
+        routed = collected.pop("routed")
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
+        dealt |= collected.pop("shard_routed")
+        if routed:
+            metadata["experts_implementation"] = self.experts_implementation
         shard_tokens = dealt if self._shards > 1 else None
-        return Profile(self.labels, sites, tokens, collected, metadata, shard_tokens)
+        return Profile(self.labels, sites, tokens, collected, metadata, routed, shard_tokens)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything in which it adds up, by name; added to in place, never replaced.
 
         `tokens/{stack}` int64 [1 + groups] (the first place is of no group), `flags/{site}` int64
-        [2], and `{statistic}/{site}` [groups, neurons]; each where its site lies. A group is a
-        label, or with ``shard_counts`` a shard of one. What runs added up in several processes, or
-        before and after a stop, is the sum of these.
+        [2], and `{statistic}/{site}` [groups, neurons], in a mixture [groups, experts, neurons] and
+        `routed/{site}` [groups, experts]; each where its site lies. A group is a label, or with
+        ``shard_counts`` a shard of one. What runs added up in several processes, or before and
+        after a stop, is the sum of these.
         """
         named = {f"tokens/{stack}": rows.tokens for stack, rows in self._stacks.items()}
         for site, statistics in self._statistics.items():
             named[f"flags/{site}"] = statistics.flags
-            named |= {f"{name}/{site}": one for name, one in statistics.tensors().items()}
+            named |= {f"{name}/{site}": one for name, one in self._by_group(site).items()}
         return named
 
     def mark(self, label: str) -> None:
@@ -234,6 +247,8 @@ class Recorder:
     def drain(self) -> dict[str, dict[str, Tensor]]:
         """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.
 
+        Of a mixture [labels, experts, neurons], and its ``routed`` [labels, experts].
+
         For passes that look at every batch apart. On the sites' own devices.
 
         Raises:
@@ -244,7 +259,7 @@ class Recorder:
             self.check()
         finally:
             for site, statistics in self._statistics.items():
-                drained[site] = self._read(statistics)
+                drained[site] = self._read(site)
                 for tensor in (*statistics.tensors().values(), statistics.flags):
                     tensor.zero_()
         return drained
@@ -267,7 +282,7 @@ class Recorder:
         The forward pass then returns nothing meaningful. For the pass over a corpus.
         """
         for site in self.sites:
-            if site.name == self._placement.last and site.calls == 1:
+            if site.name == self._placement.last and site.calls == 1 and not site.experts:
                 self._statistics[site.name].last = True
 
     def remove(self) -> None:
@@ -276,14 +291,17 @@ class Recorder:
             rows.remove()
         self._placement.release("recorder", "statistics", self)
 
-    def _read(self, statistics: SiteStatistics) -> dict[str, Tensor]:
-        """A copy of each statistic, [labels, neurons] or, of shards, [labels, shards, neurons]."""
+    def _read(self, site: str) -> dict[str, Tensor]:
+        """A copy of each statistic, [labels, ...], and with shards of what they hold apart."""
         apart = {
             name: tensor.unflatten(0, (len(self.labels), self._shards))
-            for name, tensor in statistics.tensors().items()
+            for name, tensor in self._by_group(site).items()
         }
         read = {name: tensor.sum(1) for name, tensor in apart.items()}
-        return read if self._shards == 1 else read | {"shard_counts": narrowed(apart["counts"])}
+        if self._shards > 1:
+            read["shard_counts"] = narrowed(apart["counts"])
+            read |= {"shard_routed": apart["routed"].clone()} if "routed" in apart else {}
+        return read
 
     def _reached(self) -> list[Site]:
         """The sites without those that no token has reached, such as a vision tower's."""
@@ -300,6 +318,10 @@ class Recorder:
             _log.warning("Not in the profile, as no token reached them: %s", ", ".join(left_out))
         return [site for site in self.sites if site.name not in left_out]
 
+    def _by_group(self, site: str) -> dict[str, Tensor]:
+        """Each statistic, [groups, ...]; in a mixture [groups, experts, ...]."""
+        return self._statistics[site].by_group(len(self.labels) * self._shards)
+
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
         if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
@@ -315,14 +337,16 @@ class Recorder:
                         f"{name} can't be recorded at {site.name}: {type(ffn.owner).__name__} "
                         "computes its product in its own code"
                     )
-        groups = len(self.labels) * self._shards
+        groups = len(self.labels) * self._shards * (site.experts or 1)
         tensors = {
             name: torch.zeros(groups, site.width, dtype=STATISTICS[name], device=device)
             for name in self._names
             if name != "shard_counts"  # the counts, before their shards are added up
         }
+        if site.experts:
+            tensors["routed"] = torch.zeros(groups, dtype=torch.int64, device=device)
         state.statistics = self._statistics[site.name] = SiteStatistics(
-            groups=self._stacks[site.stack].index_on(device),
+            groups=rows_at(site, self._stacks[site.stack].index_on(device)),
             threshold=self._threshold,
             flags=torch.zeros(2, dtype=torch.int64, device=device),
             backend=chosen_backend(self._backend, device),

@@ -191,7 +191,7 @@ def _table(first: str, *numbers: str) -> Table:
 
 
 def _neurons(profile: Profile) -> int:
-    return sum(site.width for site in profile.site_info)
+    return sum(site.neurons for site in profile.site_info)
 
 
 def _share(profile: Profile, label: str) -> str:

@@ -43,31 +43,33 @@ def check_shards(profile: Profile) -> None:
     Nor may a shard count more than its tokens.
     """
     held = "shard_counts" in profile.statistics
-    if (
-        (profile.shard_tokens.keys() != profile.stack_tokens.keys())
-        if held
-        else profile.shard_tokens
-    ):
-        raise InputError("shard_counts and shard_tokens of every stack must be given together")
+    whole = profile.stack_tokens | profile.routed
+    if profile.shard_tokens.keys() != (whole.keys() if held else set()):
+        raise InputError(
+            "shard_counts and shard_tokens of every stack and mixture must be given together"
+        )
     if not held:
         return
     if "counts" not in profile.statistics:
         raise InputError("shard_counts need counts beside them; give both")
-    shape = (len(profile.labels), SHARDS)
-    for stack, tokens in profile.shard_tokens.items():
+    for name, tokens in profile.shard_tokens.items():
+        labels, *experts = whole[name].shape
+        shape = (labels, SHARDS, *experts)
         if tokens.dtype != torch.int64 or tokens.shape != shape:
             raise InputError(
-                f"shard_tokens of stack {stack} must be int64 [labels, shards] = {list(shape)}, "
-                f"got {tokens.dtype} {list(tokens.shape)}"
+                f"shard_tokens of {name} must be int64 [labels, shards"
+                f"{', experts' if experts else ''}] = {list(shape)}, got {tokens.dtype} "
+                f"{list(tokens.shape)}"
             )
-        if (tokens < 0).any() or not torch.equal(tokens.sum(1), profile.stack_tokens[stack]):
-            raise InputError(f"shard_tokens of stack {stack} must add up to the label's tokens")
+        if (tokens < 0).any() or not torch.equal(tokens.sum(1), whole[name]):
+            raise InputError(f"shard_tokens of {name} must add up to the label's tokens")
     for site in profile.site_info:
         counts = profile.shard_counts[site.name]
         if not torch.equal(counts.sum(1), profile.counts[site.name]):
             raise InputError(f"shard_counts of site {site.name} must add up to its counts")
-        tokens = profile.shard_tokens[site.stack] * site.calls
-        if (counts < 0).any() or (counts > tokens[:, :, None]).any():
+        seen = profile.shard_tokens.get(site.name)
+        tokens = profile.shard_tokens[site.stack] * site.calls if seen is None else seen
+        if (counts < 0).any() or (counts > tokens[..., None]).any():
             raise InputError(
                 f"shard_counts of site {site.name} must lie between 0 and the shard's tokens"
             )

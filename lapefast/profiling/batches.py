@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model
+from lapefast.models.bare import bare_model, text_config
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
@@ -241,10 +241,13 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     Larger batches were not faster on a CPU, where activations should stay near the caches.
     """
     device = input_device(model)
-    ffns = find_ffns(model)
-    widest = max(ffns, key=lambda ffn: ffn.site.width)
+    ffns = find_ffns(model, mixtures=True)
+    chosen = getattr(text_config(model), "num_experts_per_tok", None) or 1
     # Gate, up, product, and about as much again for the attention and the residual stream.
-    per_token = 6 * widest.site.width * dtype_of(widest).itemsize
+    per_token = 6 * max(
+        ffn.site.width * (chosen if ffn.site.experts else 1) * dtype_of(ffn).itemsize
+        for ffn in ffns
+    )
     if device.type == "cuda":
         free, wanted = torch.cuda.mem_get_info(device)[0], 16384
     else:

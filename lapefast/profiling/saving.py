@@ -87,7 +87,7 @@ class Saving:
             return
         check_same(self._path, self.saved["settings"], settings)
         for name, then in self.saved["environment"].items():
-            now = _environment()[name]
+            now = _environment(recorder)[name]
             if then != now:
                 _log.warning(
                     "%s: %s before the stop and %s now, so counts may differ a little from those "
@@ -132,7 +132,7 @@ class Saving:
             if self._directory is not None:
                 about = {
                     "settings": self._settings,
-                    "environment": _environment(),
+                    "environment": _environment(recorder),
                     "changes": self.changes,
                     "rows": self.rows,
                     "ended": text.ended,
@@ -172,7 +172,7 @@ class Saving:
         return about
 
 
-def _environment() -> dict[str, Any]:
+def _environment(recorder: Recorder) -> dict[str, Any]:
     """What may change how a model computes, besides its settings."""
     import transformers
 
@@ -183,4 +183,5 @@ def _environment() -> dict[str, Any]:
         "lapefast": lapefast.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "experts_implementation": recorder.experts_implementation,
     }

@@ -19,7 +19,7 @@ _METHODS = {
     "experts": ("experts", "share", "seed"),
 }
 _RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
-_IDENTIFY = (*_RATES, "form")
+_IDENTIFY = (*_RATES, "form", "over")
 
 
 def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> list[str]:

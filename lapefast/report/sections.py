@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inputs", "Section", "sections"]
 
-_RATES = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
+_RATES = ("top_rate", "filter_rate", "activation_bar_ratio", "form", "over")
 
 
 @dataclass(frozen=True)

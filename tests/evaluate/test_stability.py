@@ -37,7 +37,7 @@ def counted(rows=4, seed=0, labels=LABELS, noise=True):
         {"counts": {name: of.sum(1) for name, of in shard_counts.items()},
          "shard_counts": shard_counts},
         {"fingerprint": "f" * 64, "model": "some/model"},
-        {"decoder": torch.full((len(labels), SHARDS), tokens)},
+        shard_tokens={"decoder": torch.full((len(labels), SHARDS), tokens)},
     )  # fmt: skip
 
 

@@ -167,10 +167,10 @@ def _other_type(given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_no_tokens, "shard_tokens of every stack must be given together"),
-        (_tokens_alone, "shard_tokens of every stack must be given together"),
+        (_no_tokens, "shard_tokens of every stack and mixture must be given together"),
+        (_tokens_alone, "shard_tokens of every stack and mixture must be given together"),
         (_no_counts, "shard_counts need counts beside them"),
-        (_one_token_more, "shard_tokens of stack encoder must add up to the label's tokens"),
+        (_one_token_more, "shard_tokens of encoder must add up to the label's tokens"),
         (_fewer_shards, r"int64 \[labels, shards\] = \[2, 8\], got torch.int64 \[2, 7\]"),
         (_one_count_more, "shard_counts of site dec must add up to its counts"),
         (_negative, "shard_counts of site dec must lie between 0 and the shard's tokens"),
