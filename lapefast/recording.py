@@ -17,6 +17,7 @@ from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
 from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
+from lapefast.models.parallel import leads, parallel_size
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
 from lapefast.models.rows import StackRows
@@ -153,12 +154,10 @@ class Recorder:
                 "recorder.profile()"
             )
         self.check()
-        sites = self._reached()
+        counted = {site.name: self._counted(site.name) for site in self.sites}
+        sites = self._reached(counted)
         collected = {
-            name: {
-                site.name: getattr(self._statistics[site.name], name).to("cpu", copy=True)
-                for site in sites
-            }
+            name: {site.name: counted[site.name][name].to("cpu", copy=True) for site in sites}
             for name in self._names
         }
         metadata = self._metadata | {
@@ -180,16 +179,18 @@ class Recorder:
             self.check()
         finally:
             for site, statistics in self._statistics.items():
-                tensors = statistics.tensors()
-                drained[site] = {name: tensor.clone() for name, tensor in tensors.items()}
-                for tensor in (*tensors.values(), statistics.flags):
+                counted = self._counted(site)
+                drained[site] = {name: tensor.clone() for name, tensor in counted.items()}
+                for tensor in (*statistics.tensors().values(), statistics.flags):
                     tensor.zero_()
         return drained
 
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
         for site, statistics in self._statistics.items():
-            non_finite, outside = statistics.flags.tolist()
+            shard = self._placement.states[site].shard
+            flags = statistics.flags if shard is None else shard.total(statistics.flags)
+            non_finite, outside = flags.tolist()
             if non_finite:
                 raise InputError(
                     f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
@@ -213,14 +214,21 @@ class Recorder:
             rows.remove()
         self._placement.release("recorder", "statistics", self)
 
-    def _reached(self) -> list[Site]:
+    def _counted(self, site: str) -> dict[str, Tensor]:
+        """Statistic -> [labels, neurons] of one site, of the neurons of every process."""
+        shard, tensors = self._placement.states[site].shard, self._statistics[site].tensors()
+        if shard is None:
+            return tensors
+        return {name: shard.gather(columns) for name, columns in tensors.items()}
+
+    def _reached(self, counted: dict[str, dict[str, Tensor]]) -> list[Site]:
         """The sites without those that no token has reached, such as a vision tower's."""
         unproven = set(self.unproven)
         left_out = [
             site.name
             for site in self.sites
             if site.name in unproven
-            and not any(bool(t.any()) for t in self._statistics[site.name].tensors().values())
+            and not any(bool(tensor.any()) for tensor in counted[site.name].values())
         ]
         if len(left_out) == len(self.sites):
             raise InputError("no FFN ran, so nothing was recorded; does the model use its FFNs?")
@@ -244,7 +252,7 @@ class Recorder:
                         "computes its product in its own code"
                     )
         tensors = {
-            name: torch.zeros(len(self.labels), site.width, dtype=STATISTICS[name], device=device)
+            name: torch.zeros(len(self.labels), state.width, dtype=STATISTICS[name], device=device)
             for name in self._names
         }
         state.statistics = self._statistics[site.name] = SiteStatistics(
@@ -258,7 +266,15 @@ class Recorder:
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(unwrap(model), "config", None)
+        size = parallel_size(model)
+        if size > 1 and leads():
+            _log.warning(
+                "Tensor parallelism over %d processes adds up a layer's output in another order "
+                "than one process does, so activations next to the threshold may change sides",
+                size,
+            )
         return {
+            **({"tensor_parallel": size} if size > 1 else {}),
             "model": getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
             "fingerprint": fingerprint(model),

@@ -98,6 +98,14 @@ Quantization = Annotated[
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tensor-parallel",
+        help="Split each layer over the processes that torchrun started.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -171,6 +179,7 @@ class ModelOptions:
         corpora: dict[str, str] | None,
         text: TextOptions = TEXT,
         tokenizer: bool | None = None,
+        tensor_parallel: bool = False,
     ) -> Loaded:
         """Load the model of a command, after setting threads and random numbers.
 
@@ -194,8 +203,8 @@ class ModelOptions:
         loaded = load_tokenizer(checkpoint) if tokenizer else None
         if corpora is not None:
             open_corpora(corpora, loaded, **asdict(text))
-        model = load_model(checkpoint, self.dtype, self.device, self.device_map, self.quantization)
-        return Loaded(model, loaded)
+        placing = (self.device, self.device_map, self.quantization, tensor_parallel)
+        return Loaded(load_model(checkpoint, self.dtype, *placing), loaded)
 
 
 LOADING = ModelOptions()

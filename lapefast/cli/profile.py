@@ -34,6 +34,7 @@ def profile(
         typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
     loading: options.ModelOptions = options.LOADING,
+    tensor_parallel: options.TensorParallel = False,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = None,
@@ -47,8 +48,9 @@ def profile(
 
     check_output(output)
     corpora = parse_corpus_arguments(corpus)
-    loaded = loading.load(model, corpora, text)
+    loaded = loading.load(model, corpora, text, tensor_parallel=tensor_parallel)
     from lapefast import profile as run
+    from lapefast.models.parallel import leads
 
     counted = run(
         loaded.model,
@@ -63,6 +65,8 @@ def profile(
         backend=backend,
         **asdict(text),
     )
+    if not leads():
+        return
     counted.save(output)
     from lapefast.cli.tables import console, show
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ def load_model(
     device: str | None = None,
     device_map: str | None = None,
     quantization: str | None = None,
+    tensor_parallel: bool = False,
 ) -> nn.Module:
     """Loads a model in `eval()`, with its language-model head where it has one.
 
@@ -49,11 +51,16 @@ def load_model(
         device: such as "cpu" or "cuda:1"; None takes the GPU, if there is one.
         device_map: such as "auto", for a model spread over devices; needs accelerate.
         quantization: "4bit" or "8bit", by bitsandbytes.
+        tensor_parallel: split each layer over the processes that torchrun started, as
+            transformers' own plan for the model says; each uses its GPU, or all the CPU.
 
     Raises:
         InputError: there is no such model, it cannot be loaded, or an option cannot be met.
     """
-    options = _placing(device, device_map)
+    if tensor_parallel:
+        options = _splitting(device, device_map, quantization)
+    else:
+        options = _placing(device, device_map)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -143,6 +150,28 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
     if torch.device(device).type == "meta":
         raise InputError("the device 'meta' cannot be used: it holds no values")
     return {"to": device}
+
+
+def _splitting(
+    device: str | None, device_map: str | None, quantization: str | None
+) -> dict[str, Any]:
+    for given, option in (
+        (device, "--device"),
+        (device_map, "--device-map"),
+        (quantization, "--quantization"),
+    ):
+        if given is not None:
+            raise InputError(f"give {option} or --tensor-parallel, not both")
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise InputError(
+            "tensor parallelism needs several processes; start them with "
+            "torchrun --nproc-per-node 2 -m lapefast"
+        )
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}  # transformers 4
 
 
 def _quantization(name: str) -> Any:

@@ -26,7 +26,8 @@ def fingerprint(model: nn.Module) -> str:
         site = ffn.site
         digest.update(f"{site.name}|{site.width}|{site.activation}\n".encode())
         for name, parameter in ffn.last.named_parameters():
-            digest.update(name.removeprefix("base_layer.").encode())
+            # transformers 4 hides the bias of a split layer behind an underscore.
+            digest.update(name.removeprefix("base_layer.").lstrip("_").encode())
             digest.update(_sample(_on_hand(ffn.last, name, parameter)))
     return digest.hexdigest()
 
@@ -44,7 +45,9 @@ def _sample(weight: Tensor) -> bytes:
 
 
 def _on_hand(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The weight itself, also where accelerate keeps it off the device."""
+    """The weight itself, also where accelerate keeps it off the device or processes share it."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
     if parameter.device.type != "meta":
         return parameter
     owner = module.get_submodule(name.rpartition(".")[0])

@@ -20,6 +20,7 @@ from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.proof import prove
 from lapefast.models.rows import RowIndex
+from lapefast.models.shards import Shard
 from lapefast.models.structure import FFN
 from lapefast.models.traces import SITE, Replaced
 
@@ -71,9 +72,10 @@ class SiteEdits:
 class SiteState:
     """What is placed at one site: a recorder's statistics, a steering's edits, or both."""
 
-    def __init__(self, ffn: FFN, replaced: Replaced) -> None:
+    def __init__(self, ffn: FFN, replaced: Replaced, shard: Shard | None = None) -> None:
         self.name = ffn.site.name
-        self.width = ffn.site.width
+        self.shard = shard  # this process's neurons, where they are split over several
+        self.width = ffn.site.width if shard is None else shard.stop - shard.start
         self.form = ffn.forward
         self.replaced = replaced
         self.statistics: SiteStatistics | None = None

@@ -17,6 +17,7 @@ from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.placed import SiteState, activation_forward, gated_forward
+from lapefast.models.shards import find_shards
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
 from lapefast.models.traces import PLACEMENT, SITE, Replaced, clear, leave
@@ -31,6 +32,7 @@ class Placement:
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
         self.ffns = find_ffns(model)
+        self._shards = find_shards(self.bare, self.ffns)
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
         self.probing = False
@@ -194,7 +196,9 @@ class Placement:
         replaced = Replaced(
             attribute, target.__dict__.get(attribute), types.MethodType(forward, target)
         )
-        state = self.states[ffn.site.name] = SiteState(ffn, replaced)
+        state = self.states[ffn.site.name] = SiteState(
+            ffn, replaced, self._shards.get(ffn.site.name)
+        )
         state.foreign = foreign
         self._placed.append((target, state))
         leave(target, SITE, state)

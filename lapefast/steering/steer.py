@@ -14,6 +14,7 @@ from lapefast.models.linears import find_linears
 from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
 from lapefast.models.rows import RowIndex
+from lapefast.models.shards import Shard
 from lapefast.models.structure import FFN, stack_of
 from lapefast.neurons import Edit, bind_all
 from lapefast.steering.generation import Generation
@@ -140,17 +141,23 @@ class Steering:
             )
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
-        state.edits = self._edits_of(ffn.site.name, ffn.site.stack, device_of(ffn))
+        site = ffn.site
+        state.edits = self._edits_of(site.name, site.stack, device_of(ffn), state.shard)
 
-    def _edits_of(self, site: str, stack: str, device: torch.device) -> SiteEdits | None:
+    def _edits_of(
+        self, site: str, stack: str, device: torch.device, shard: Shard | None = None
+    ) -> SiteEdits | None:
         """The tables of one site, or None where nothing is edited."""
         tables = [
             edit.tables.get(site, _NOTHING) if isinstance(edit, Edit) else _NOTHING
             for edit in self.edits
         ]
-        ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
-        if not ends[-1]:
+        if not any(len(table[0]) for table in tables):
             return None
+        if shard is not None:
+            # A process without edited neurons still takes its part in what the others run.
+            tables = [shard.own(*table) for table in tables]
+        ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
             return values.to(device=device, dtype=dtype).contiguous()

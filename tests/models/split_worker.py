@@ -1,0 +1,126 @@
+"""One of the processes that share a model's layers; saves what it saw for the tests to compare.
+
+Run by torchrun: split_worker.py MODELS OUTPUT, where MODELS holds saved models and `cases.json`,
+case -> [directory, dtype, plan or null].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from families import IDS
+from torch import distributed
+
+import lapefast as lf
+from lapefast import models
+from lapefast.errors import InputError
+from lapefast.models.parallel import parallel_size
+from lapefast.models.taps import watching_products
+
+FIRST = ("gate_proj", "gate_up_proj", "c_fc")
+BATCH = 20
+
+
+def load(path: Path, dtype: str, plan: dict[str, str] | None):
+    """As `lapefast profile --tensor-parallel` loads it, but for a plan of one's own."""
+    from lapefast.engines.transformers import Checkpoint, load_model
+
+    if plan is None:
+        return load_model(Checkpoint(str(path)), dtype, tensor_parallel=True)
+    config = transformers.distributed.DistributedConfig(tp_plan=plan)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), distributed_config=config
+    ).eval()
+
+
+def gates(model, see):
+    """Hooks on the projections that make the gate."""
+    bare = models.bare_model(model)
+    for site in models.find_sites(model):
+        owner = bare.get_submodule(site.name)
+        first = next(owner._modules[name] for name in FIRST if name in owner._modules)
+        fused = type(owner).__name__ == "Phi3MLP"
+        yield first.register_forward_hook(
+            lambda module, args, output, name=site.name, fused=fused: see(
+                name, output.chunk(2, dim=-1)[0] if fused else output
+            )
+        )
+
+
+def profile_of(model, corpora):
+    """The profile, and by plain hooks the gate of each site and label in the very same run."""
+    seen = {site.name: [] for site in models.find_sites(model)}
+
+    def see(name, gate):
+        if gate.shape[1] == corpora["en"].shape[1]:  # not the probes' few tokens
+            seen[name].append(gate.detach().clone().reshape(-1, gate.shape[-1]))
+
+    hooks = list(gates(model, see))
+    counted = lf.profile(model, corpora, batch_size=BATCH, progress=False)
+    for hook in hooks:
+        hook.remove()
+    rows = [rows.numel() for rows in corpora.values()]
+    return counted, {name: torch.cat(gate).split(rows) for name, gate in seen.items()}
+
+
+def edit_of(site, width):
+    """An edit of neurons at the ends of what two processes compute."""
+    return lf.activate({site: [0, width // 2 - 1, width // 2, width - 1]}, 500.0)
+
+
+def refused(run) -> str:
+    try:
+        run()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def look(found, path, dtype, plan, corpora):
+    model = load(path, dtype, plan)
+    counted, gate = profile_of(model, corpora)
+    found["profile"], found["gate"] = counted, gate
+    found["sizes"] = parallel_size(model), parallel_size(model.model)
+    site, width = counted.sites[0], counted.site_info[0].width
+    edit = edit_of(site, width)
+    with torch.no_grad(), lf.record(model, ["a", "b"]) as recorder:
+        recorder.set(label="b")
+        found["recorded"] = model(IDS).logits
+        found["drained"] = recorder.drain()
+        found["after"] = recorder.drain()
+    with torch.no_grad(), lf.steer(model, edit):
+        found["steered"] = model(IDS).logits
+    with torch.no_grad(), lf.steer(model, [None, lf.deactivate({site: list(range(width))}), edit]):
+        found["listed"] = model(IDS).logits
+    with lf.steer(model, edit):
+        found["edited"] = profile_of(model, {"en": corpora["en"][:2]})[0].counts[site]
+    found["refused"] = [
+        refused(lambda: lf.fold(model, edit)),
+        refused(lambda: models.find_linears(model)),
+        refused(lambda: watching_products(model, None).__enter__()),
+        refused(lambda: lf.steer(model, lf.deactivate({"layers.0.self_attn.o_proj": [0]}))),
+    ]
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    directory, output = map(Path, sys.argv[1:])
+    corpora = torch.load(directory / "corpora.pt")
+    results = {}
+    for case, given in json.loads((directory / "cases.json").read_text()).items():
+        found = results[case] = {}
+        try:
+            look(found, directory / given[0], *given[1:], corpora)
+        except InputError as error:
+            found["error"] = str(error)
+    torch.save(results, output / f"{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
