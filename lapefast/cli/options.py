@@ -76,7 +76,8 @@ Device = Annotated[
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        help="Such as auto, for a model spread over devices.", rich_help_panel=_MODEL_PANEL
+        help="auto spreads the model over devices; or JSON, module to device, cpu or disk.",
+        rich_help_panel=_MODEL_PANEL,
     ),
 ]
 Revision = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def load_model(
         checkpoint: where it is.
         dtype: of the weights; "auto" takes the checkpoint's.
         device: such as "cpu" or "cuda:1"; None takes the GPU, if there is one.
-        device_map: such as "auto", for a model spread over devices; needs accelerate.
+        device_map: "auto" for a model spread over devices, or which module goes where, as JSON:
+            {"model.layers.0": "cpu", "model.layers.1": "disk", ...}; needs accelerate.
         quantization: "4bit" or "8bit", by bitsandbytes.
         tensor_parallel: split each layer over the processes that torchrun started, as
             transformers' own plan for the model says; each uses its GPU, or all the CPU.
@@ -141,7 +143,7 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
             raise InputError("give --device or --device-map, not both")
         if importlib.util.find_spec("accelerate") is None:
             raise InputError("a device map needs the accelerate library: pip install accelerate")
-        return {"device_map": device_map}
+        return {"device_map": _device_map(device_map)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -150,6 +152,15 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
     if torch.device(device).type == "meta":
         raise InputError("the device 'meta' cannot be used: it holds no values")
     return {"to": device}
+
+
+def _device_map(text: str) -> str | dict[str, Any]:
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the device map {text} is not JSON: {error}") from error
 
 
 def _splitting(

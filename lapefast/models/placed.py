@@ -81,6 +81,7 @@ class SiteState:
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
         self.proven = False
+        self.dtype: torch.dtype | None = None  # of the activation, once it was seen
         self.fired = 0  # times, while a probe runs
         self.probe: torch.Size | None = None  # what a probe's input is, while one runs
         self.kernel = "identity"

@@ -163,13 +163,20 @@ class Placement:
     def how(self) -> dict[str, str]:
         """Site -> who computes its activation: the kernel ("fused") or the module ("given")."""
         return {
-            ffn.site.name: "fused" if dtype_of(ffn) in self.states[ffn.site.name].fused else "given"
-            for ffn in self.ffns
+            name: "fused" if dtype in self.states[name].fused else "given"
+            for name, dtype in self._dtypes().items()
         }
 
     def dtype(self) -> str:
-        """The dtypes of the FFNs' weights, such as ``bfloat16``, joined where they differ."""
-        return "+".join(sorted({str(dtype_of(ffn)).removeprefix("torch.") for ffn in self.ffns}))
+        """The dtypes of the activations, such as ``bfloat16``, joined where they differ."""
+        dtypes = set(map(str, self._dtypes().values()))
+        return "+".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Site -> the activation's dtype, which weights that are quantised do not say."""
+        return {
+            ffn.site.name: self.states[ffn.site.name].dtype or dtype_of(ffn) for ffn in self.ffns
+        }
 
     def _place(self, ffn: FFN) -> None:
         for module in (ffn.owner, ffn.activation):

@@ -58,7 +58,7 @@ def prove(
                 f"{state.name}: the placed counts differ from those of {type(module).__name__}'s "
                 "own activations; please report the model"
             )
-    state.proven = True
+    state.proven, state.dtype = True, activation.dtype
     return actual
 
 

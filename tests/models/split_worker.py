@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from families import IDS
+from same_run import profile_and_gates
 from torch import distributed
 
 import lapefast as lf
@@ -21,7 +22,6 @@ from lapefast.errors import InputError
 from lapefast.models.parallel import parallel_size
 from lapefast.models.taps import watching_products
 
-FIRST = ("gate_proj", "gate_up_proj", "c_fc")
 BATCH = 20
 
 
@@ -35,36 +35,6 @@ def load(path: Path, dtype: str, plan: dict[str, str] | None):
     return transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), distributed_config=config
     ).eval()
-
-
-def gates(model, see):
-    """Hooks on the projections that make the gate."""
-    bare = models.bare_model(model)
-    for site in models.find_sites(model):
-        owner = bare.get_submodule(site.name)
-        first = next(owner._modules[name] for name in FIRST if name in owner._modules)
-        fused = type(owner).__name__ == "Phi3MLP"
-        yield first.register_forward_hook(
-            lambda module, args, output, name=site.name, fused=fused: see(
-                name, output.chunk(2, dim=-1)[0] if fused else output
-            )
-        )
-
-
-def profile_of(model, corpora):
-    """The profile, and by plain hooks the gate of each site and label in the very same run."""
-    seen = {site.name: [] for site in models.find_sites(model)}
-
-    def see(name, gate):
-        if gate.shape[1] == corpora["en"].shape[1]:  # not the probes' few tokens
-            seen[name].append(gate.detach().clone().reshape(-1, gate.shape[-1]))
-
-    hooks = list(gates(model, see))
-    counted = lf.profile(model, corpora, batch_size=BATCH, progress=False)
-    for hook in hooks:
-        hook.remove()
-    rows = [rows.numel() for rows in corpora.values()]
-    return counted, {name: torch.cat(gate).split(rows) for name, gate in seen.items()}
 
 
 def edit_of(site, width):
@@ -82,7 +52,7 @@ def refused(run) -> str:
 
 def look(found, path, dtype, plan, corpora):
     model = load(path, dtype, plan)
-    counted, gate = profile_of(model, corpora)
+    counted, gate = profile_and_gates(model, corpora, BATCH)
     found["profile"], found["gate"] = counted, gate
     found["sizes"] = parallel_size(model), parallel_size(model.model)
     site, width = counted.sites[0], counted.site_info[0].width
@@ -97,7 +67,9 @@ def look(found, path, dtype, plan, corpora):
     with torch.no_grad(), lf.steer(model, [None, lf.deactivate({site: list(range(width))}), edit]):
         found["listed"] = model(IDS).logits
     with lf.steer(model, edit):
-        found["edited"] = profile_of(model, {"en": corpora["en"][:2]})[0].counts[site]
+        found["edited"] = lf.profile(
+            model, {"en": corpora["en"][:2]}, batch_size=BATCH, progress=False
+        ).counts[site]
     found["refused"] = [
         refused(lambda: lf.fold(model, edit)),
         refused(lambda: models.find_linears(model)),

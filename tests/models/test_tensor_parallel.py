@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +10,9 @@ import split_worker
 import torch
 import transformers
 from families import IDS, VERSION_4, VOCABULARY, by_name
+from launch import torchrun
+from same_run import eager
 from transformers import AutoModelForCausalLM
-from transformers.activations import ACT2FN
 
 import lapefast as lf
 from lapefast.detect.lape import criteria
@@ -69,17 +66,6 @@ def directory(tmp_path_factory):
     return path
 
 
-def torchrun(*command: object, **options) -> subprocess.CompletedProcess:
-    here = Path(__file__)
-    paths = [str(here.parents[2]), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *map(str, command)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=240, **options,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def ranks(directory, tmp_path_factory):
     """What each of two processes saw: case -> name -> value."""
@@ -122,13 +108,12 @@ def test_every_process_has_all_neurons_and_the_sites_of_the_plain_model(ranks, a
 
 @pytest.mark.parametrize("case", COUNTED)
 def test_counts_equal_the_eager_expression_on_the_gates_of_that_run(ranks, case):
-    columns = CASES[case][3]
-    activation = ACT2FN["gelu_pytorch_tanh" if case == "plain" else "silu"]
+    name, columns = CASES[case][0], CASES[case][3]
     profiles, gates = both(ranks, case, "profile"), both(ranks, case, "gate")
     for site in profiles[0].sites:
         assert [gate[site][0].shape[1] for gate in gates] == columns
         for label in range(2):
-            parts = [activation(gate[site][label]) for gate in gates]
+            parts = [eager(name, gate[site][label]) for gate in gates]
             # Side by side in the order of the ranks; where each computes all, one is enough.
             values = torch.cat(parts, dim=1) if case in SPLIT else parts[0]
             active = (values > 0).sum(0)
