@@ -113,8 +113,9 @@ def _pairs(ffn: FFN, shard: Shard) -> bool:
     if up == 0:
         return True
     whole = projection.weight.full_tensor()
-    own = [whole[first + shard.start : first + shard.stop] for first in (0, up)]
-    return torch.equal(projection.weight.to_local(), torch.cat(own))
+    own = torch.cat([whole[first + shard.start : first + shard.stop] for first in (0, up)])
+    # What is not finite is told of later, where all processes hear it.
+    return torch.equal(projection.weight.to_local().nan_to_num(), own.nan_to_num())
 
 
 def _mesh(ffn: FFN):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+_SECONDS = 200
 
 
 def torchrun(*command: object) -> subprocess.CompletedProcess:
@@ -13,10 +16,17 @@ def torchrun(*command: object) -> subprocess.CompletedProcess:
     paths = [Path(__file__).parents[2], Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
     # Standalone: on a port that is free.
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return subprocess.run(
+    started = subprocess.Popen(
         [sys.executable, "-m", *launcher, *map(str, command)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
+    try:
+        out, err = started.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        # A signal that the launcher passes on: killed, it would leave its processes behind.
+        started.send_signal(signal.SIGTERM)
+        out, err = started.communicate()
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)

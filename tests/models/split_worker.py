@@ -19,10 +19,11 @@ from torch import distributed
 import lapefast as lf
 from lapefast import models
 from lapefast.errors import InputError
-from lapefast.models.parallel import parallel_size
+from lapefast.models.parallel import least, parallel_size
 from lapefast.models.taps import watching_products
 
 BATCH = 20
+GENERATION = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
 
 def load(path: Path, dtype: str, plan: dict[str, str] | None):
@@ -42,6 +43,15 @@ def edit_of(site, width):
     return lf.activate({site: [0, width // 2 - 1, width // 2, width - 1]}, 500.0)
 
 
+@torch.no_grad()
+def spoil(model):
+    """Make one neuron of the last FFN NaN, in one of the processes alone."""
+    if distributed.get_rank() == 1:
+        owner = models.bare_model(model).get_submodule(models.find_sites(model)[-1].name)
+        first = next(iter(owner.children()))
+        getattr(first.weight, "to_local", lambda: first.weight)()[0] = torch.nan
+
+
 def refused(run) -> str:
     try:
         run()
@@ -55,6 +65,7 @@ def look(found, path, dtype, plan, corpora):
     counted, gate = profile_and_gates(model, corpora, BATCH)
     found["profile"], found["gate"] = counted, gate
     found["sizes"] = parallel_size(model), parallel_size(model.model)
+    found["least"] = least(model, 3 + distributed.get_rank())
     site, width = counted.sites[0], counted.site_info[0].width
     edit = edit_of(site, width)
     with torch.no_grad(), lf.record(model, ["a", "b"]) as recorder:
@@ -66,6 +77,7 @@ def look(found, path, dtype, plan, corpora):
         found["steered"] = model(IDS).logits
     with torch.no_grad(), lf.steer(model, [None, lf.deactivate({site: list(range(width))}), edit]):
         found["listed"] = model(IDS).logits
+        found["generated"] = model.generate(IDS, **GENERATION)
     with lf.steer(model, edit):
         found["edited"] = lf.profile(
             model, {"en": corpora["en"][:2]}, batch_size=BATCH, progress=False
@@ -76,6 +88,9 @@ def look(found, path, dtype, plan, corpora):
         refused(lambda: watching_products(model, None).__enter__()),
         refused(lambda: lf.steer(model, lf.deactivate({"layers.0.self_attn.o_proj": [0]}))),
     ]
+    if gate[site][0].shape[1] < width:  # else both processes would have to be spoilt
+        spoil(model)
+        found["not finite"] = refused(lambda: lf.profile(model, corpora, progress=False))
 
 
 def main() -> None:

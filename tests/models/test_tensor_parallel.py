@@ -176,6 +176,7 @@ def test_an_edit_reaches_its_neurons_wherever_they_are_computed(ranks, alone, ca
     for name, steered in (("steered", edit), ("listed", [None, off, edit])):
         with lf.steer(model, steered):
             expected[name] = model(IDS).logits
+            generated = model.generate(IDS, **split_worker.GENERATION)
     scale = expected["recorded"].abs().max()
     assert (expected["steered"] - expected["recorded"]).abs().max() > 0.01 * scale
     assert (expected["listed"][1] - expected["recorded"][1]).abs().max() > 0.01 * scale
@@ -183,6 +184,7 @@ def test_an_edit_reaches_its_neurons_wherever_they_are_computed(ranks, alone, ca
         for found in both(ranks, case, name):
             # Two layers of sums in another order, a few spacings of float32 each.
             assert (found - logits).abs().max() <= 2**-17 * logits.abs().max(), name
+    assert all(torch.equal(found, generated) for found in both(ranks, case, "generated"))
     for counts in both(ranks, case, "edited"):
         active = [int(counts[0, i]) for i in (0, width // 2 - 1, width // 2, width - 1)]
         assert active == [128] * 4
@@ -207,6 +209,17 @@ def test_a_split_that_tears_gate_from_up_is_refused(ranks):
         )
 
 
+def test_processes_agree_on_the_smallest_batch_that_fits_one(ranks):
+    assert both(ranks, "gated", "least") == [3, 3]
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_what_is_not_finite_in_one_process_is_raised_by_all(ranks, case):
+    for message in both(ranks, case, "not finite"):
+        assert message.startswith("layers.1.mlp: ")
+        assert "not finite" in message
+
+
 def test_one_process_says_that_the_arithmetic_is_another(ranks):
-    # Each case but the refused one places three recorders.
-    assert ranks[1] == 3 * len(COUNTED)
+    # Each case but the refused one places three recorders, and those that are split one more.
+    assert ranks[1] == 3 * len(COUNTED) + len(SPLIT)
