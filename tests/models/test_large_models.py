@@ -20,13 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROWS = torch.arange(10 * 12).reshape(10, 12) * 29 % (VOCABULARY - 10) + 5
 CORPORA = {"en": ROWS[:6], "zh": ROWS[6:]}
-PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+LAYERS = dict.fromkeys(("model.layers.0", "model.layers.1"), "disk")
+AROUND = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
 MAPS = {
     "auto": "auto",
-    "all on disk": json.dumps({"": "disk"}),
-    "one layer on disk": json.dumps(
-        dict.fromkeys((*PARTS, "model.rotary_emb"), "cpu") | {"model.layers.0": "disk"}
-    ),
+    "layers on disk": json.dumps(AROUND | LAYERS),
+    "one layer on disk": json.dumps(AROUND | LAYERS | {"model.layers.1": "cpu"}),
 }
 
 

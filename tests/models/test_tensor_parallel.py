@@ -34,8 +34,9 @@ PLANS = {
     "gate and up in one": ("phi3", "float32", PACKED, [26, 26]),
     "attention alone": ("llama", "float32", WHOLE_FFNS, [52, 52]),
     "gate and up torn": ("phi3", "float32", TORN, None),
+    "no plan": ("gpt2", "float32", None, None),
 }
-if not VERSION_4:  # there, plans are the models' own and widths divide
+if not VERSION_4:  # there, plans are the models' own, widths divide, and no plan splits nothing
     CASES |= PLANS
 COUNTED = [case for case, given in CASES.items() if given[3] is not None]
 SPLIT = [case for case in COUNTED if CASES[case][3] != [52, 52]]
@@ -201,12 +202,19 @@ def test_what_needs_whole_layers_is_refused(ranks, case):
         assert all("over 2 processes by tensor parallelism" in message for message in others)
 
 
-@pytest.mark.skipif(VERSION_4, reason="transformers 4 takes no plan of one's own")
-def test_a_split_that_tears_gate_from_up_is_refused(ranks):
-    for message in both(ranks, "gate and up torn", "error"):
-        assert (
-            "layers.0.mlp is split over processes in a way that lapefast does not know" in message
-        )
+@pytest.mark.skipif(VERSION_4, reason="transformers 4 takes no plan but the model's")
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (
+            "gate and up torn",
+            "layers.0.mlp is split over processes in a way that lapefast does not",
+        ),
+        ("no plan", "`GPT2LMHeadModel` has no `tp_plan`"),
+    ],
+)
+def test_what_can_not_be_split_is_refused(ranks, case, said):
+    assert all(said in message for message in both(ranks, case, "error"))
 
 
 def test_processes_agree_on_the_smallest_batch_that_fits_one(ranks):
@@ -221,5 +229,5 @@ def test_what_is_not_finite_in_one_process_is_raised_by_all(ranks, case):
 
 
 def test_one_process_says_that_the_arithmetic_is_another(ranks):
-    # Each case but the refused one places three recorders, and those that are split one more.
+    # Each case but those refused places three recorders, and those that are split one more.
     assert ranks[1] == 3 * len(COUNTED) + len(SPLIT)
