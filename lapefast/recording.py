@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
 from lapefast.models.groups import shard_groups, token_groups
 from lapefast.models.inputs import input_device
+from lapefast.models.parallel import leads, parallel_size
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
 from lapefast.models.rows import StackRows, rows_at
@@ -192,10 +193,14 @@ class Recorder:
                 "recorder.profile()"
             )
         self.check()
-        sites = self._reached()
-        read = {site.name: self._read(site.name) for site in sites}
+        counted = {site.name: self._read(site.name) for site in self.sites}
+        sites = self._reached(counted)
         collected = {
-            name: {site: of[name].cpu() for site, of in read.items() if name in of}
+            name: {
+                site.name: counted[site.name][name].cpu()
+                for site in sites
+                if name in counted[site.name]
+            }
             for name in (*self._names, "routed", "shard_routed")
         }
         routed = collected.pop("routed")
@@ -224,6 +229,29 @@ class Recorder:
             named[f"flags/{site}"] = statistics.flags
             named |= {f"{name}/{site}": one for name, one in self._by_group(site).items()}
         return named
+
+    def whole(self) -> dict[str, Tensor]:
+        """The same with the neurons of every process that splits the layers; a collective."""
+        tensors = self.tensors
+        for site in self._statistics:
+            for name, tensor in self._whole(site).items():
+                tensors[f"{name}/{site}"] = tensor
+        return tensors
+
+    def restore(self, whole: Mapping[str, Tensor]) -> None:
+        """Put back what `whole` gave.
+
+        Raises:
+            InputError: it is of another model or other statistics.
+        """
+        tensors = self.tensors
+        parts = {name: self._own(name, tensor) for name, tensor in whole.items()}
+        if {name: one.shape for name, one in tensors.items()} != {
+            name: one.shape for name, one in parts.items()
+        }:
+            raise InputError("what was counted before is of another model or other statistics")
+        for name, tensor in tensors.items():
+            tensor.copy_(parts[name])
 
     def mark(self, label: str) -> None:
         """Remember what was counted, so that `rewind` can take back passes over ``label`` alone."""
@@ -267,7 +295,9 @@ class Recorder:
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
         for site, statistics in self._statistics.items():
-            non_finite, outside = statistics.flags.tolist()
+            columns = self._placement.states[site].columns
+            flags = statistics.flags if columns is None else columns.total(statistics.flags)
+            non_finite, outside = flags.tolist()
             if non_finite:
                 raise InputError(
                     f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
@@ -295,7 +325,7 @@ class Recorder:
         """A copy of each statistic, [labels, ...], and with shards of what they hold apart."""
         apart = {
             name: tensor.unflatten(0, (len(self.labels), self._shards))
-            for name, tensor in self._by_group(site).items()
+            for name, tensor in self._whole(site).items()
         }
         read = {name: tensor.sum(1) for name, tensor in apart.items()}
         if self._shards > 1:
@@ -303,14 +333,29 @@ class Recorder:
             read |= {"shard_routed": apart["routed"].clone()} if "routed" in apart else {}
         return read
 
-    def _reached(self) -> list[Site]:
+    def _whole(self, site: str) -> dict[str, Tensor]:
+        """Each statistic as in `tensors`, of the neurons of all processes that split the layers."""
+        columns, tensors = self._placement.states[site].columns, self._by_group(site)
+        if columns is None:
+            return tensors
+        return {name: columns.gather(own) for name, own in tensors.items()}
+
+    def _own(self, name: str, whole: Tensor) -> Tensor:
+        """What this process holds of a tensor of `whole`."""
+        kind, _, site = name.partition("/")
+        state = self._placement.states.get(site)
+        if state is None or state.columns is None or kind == "flags":
+            return whole
+        return whole[..., state.columns.start : state.columns.stop]
+
+    def _reached(self, counted: dict[str, dict[str, Tensor]]) -> list[Site]:
         """The sites without those that no token has reached, such as a vision tower's."""
         unproven = set(self.unproven)
         left_out = [
             site.name
             for site in self.sites
             if site.name in unproven
-            and not any(bool(t.any()) for t in self._statistics[site.name].tensors().values())
+            and not any(bool(tensor.any()) for tensor in counted[site.name].values())
         ]
         if len(left_out) == len(self.sites):
             raise InputError("no FFN ran, so nothing was recorded; does the model use its FFNs?")
@@ -339,7 +384,7 @@ class Recorder:
                     )
         groups = len(self.labels) * self._shards * (site.experts or 1)
         tensors = {
-            name: torch.zeros(groups, site.width, dtype=STATISTICS[name], device=device)
+            name: torch.zeros(groups, state.width, dtype=STATISTICS[name], device=device)
             for name in self._names
             if name != "shard_counts"  # the counts, before their shards are added up
         }
@@ -356,7 +401,15 @@ class Recorder:
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(unwrap(model), "config", None)
+        size = parallel_size(model)
+        if size > 1 and leads():
+            _log.warning(
+                "Tensor parallelism over %d processes adds up a layer's output in another order "
+                "than one process does, so activations next to the threshold may change sides",
+                size,
+            )
         return {
+            **({"tensor_parallel": size} if size > 1 else {}),
             "model": getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
             "fingerprint": fingerprint(model),

@@ -76,7 +76,8 @@ Device = Annotated[
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        help="Such as auto, for a model spread over devices.", rich_help_panel=_MODEL_PANEL
+        help="auto spreads the model over devices; or JSON, module to device, cpu or disk.",
+        rich_help_panel=_MODEL_PANEL,
     ),
 ]
 Revision = Annotated[
@@ -95,6 +96,14 @@ Quantization = Annotated[
     Literal["4bit", "8bit"] | None,
     typer.Option(
         help="Quantise the weights by bitsandbytes.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tensor-parallel",
+        help="Split each layer over the processes that torchrun started.",
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
@@ -171,6 +180,7 @@ class ModelOptions:
         corpora: dict[str, str] | None,
         text: TextOptions = TEXT,
         tokenizer: bool | None = None,
+        tensor_parallel: bool = False,
     ) -> Loaded:
         """Load the model of a command, after setting threads and random numbers.
 
@@ -194,8 +204,8 @@ class ModelOptions:
         loaded = load_tokenizer(checkpoint) if tokenizer else None
         if corpora is not None:
             open_corpora(corpora, loaded, **asdict(text))
-        model = load_model(checkpoint, self.dtype, self.device, self.device_map, self.quantization)
-        return Loaded(model, loaded)
+        placing = (self.device, self.device_map, self.quantization, tensor_parallel)
+        return Loaded(load_model(checkpoint, self.dtype, *placing), loaded)
 
 
 LOADING = ModelOptions()

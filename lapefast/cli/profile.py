@@ -53,6 +53,7 @@ def profile(
         typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
     loading: options.ModelOptions = options.LOADING,
+    tensor_parallel: options.TensorParallel = False,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     max_tokens: options.MaxTokens = None,
@@ -92,7 +93,8 @@ def profile(
 ) -> None:
     """Count, for each label's text, how often every neuron of a model is active.
 
-    Under torchrun, as in the second example, the processes share the work; the profile is the same.
+    Under torchrun, as in the second example, the processes share the text, or with
+    --tensor-parallel the model's layers.
 
     Example: `lapefast profile ./my-model --corpus en=en.txt --corpus zh=zh.txt
     -o my-model.profile.safetensors`
@@ -118,7 +120,7 @@ def profile(
         raise InputError("LAPE's options are for --until-stable; `lapefast identify` takes them")
     chosen = None if part is None else _parsed(part)
     with process_group() as group:
-        loaded = loading.load(model, corpora, text)
+        loaded = loading.load(model, corpora, text, tensor_parallel=tensor_parallel)
         from lapefast import profile as run
 
         counted = run(
@@ -134,7 +136,7 @@ def profile(
             backend=backend,
             resume=resume,
             save_every=save_every,
-            process_group=group,
+            process_group=None if tensor_parallel else group,
             part=chosen,
             token_cache=token_cache,
             until=until,

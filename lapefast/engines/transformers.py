@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ def load_model(
     device: str | None = None,
     device_map: str | None = None,
     quantization: str | None = None,
+    tensor_parallel: bool = False,
 ) -> nn.Module:
     """Loads a model in `eval()`, with its language-model head where it has one.
 
@@ -47,13 +50,19 @@ def load_model(
         checkpoint: where it is.
         dtype: of the weights; "auto" takes the checkpoint's.
         device: such as "cpu" or "cuda:1"; None takes the GPU, if there is one.
-        device_map: such as "auto", for a model spread over devices; needs accelerate.
+        device_map: "auto" for a model spread over devices, or which module goes where, as JSON:
+            {"model.layers.0": "cpu", "model.layers.1": "disk", ...}; needs accelerate.
         quantization: "4bit" or "8bit", by bitsandbytes.
+        tensor_parallel: split each layer over the processes that torchrun started, as
+            transformers' own plan for the model says; each uses its GPU, or all the CPU.
 
     Raises:
         InputError: there is no such model, it cannot be loaded, or an option cannot be met.
     """
-    options = _placing(device, device_map)
+    if tensor_parallel:
+        options = _splitting(device, device_map, quantization)
+    else:
+        options = _placing(device, device_map)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -134,7 +143,7 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
             raise InputError("give --device or --device-map, not both")
         if importlib.util.find_spec("accelerate") is None:
             raise InputError("a device map needs the accelerate library: pip install accelerate")
-        return {"device_map": device_map}
+        return {"device_map": _device_map(device_map)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -143,6 +152,37 @@ def _placing(device: str | None, device_map: str | None) -> dict[str, Any]:
     if torch.device(device).type == "meta":
         raise InputError("the device 'meta' cannot be used: it holds no values")
     return {"to": device}
+
+
+def _device_map(text: str) -> str | dict[str, Any]:
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the device map {text} is not JSON: {error}") from error
+
+
+def _splitting(
+    device: str | None, device_map: str | None, quantization: str | None
+) -> dict[str, Any]:
+    for given, option in (
+        (device, "--device"),
+        (device_map, "--device-map"),
+        (quantization, "--quantization"),
+    ):
+        if given is not None:
+            raise InputError(f"give {option} or --tensor-parallel, not both")
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise InputError(
+            "tensor parallelism needs several processes; start them with "
+            "torchrun --nproc-per-node 2 -m lapefast"
+        )
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}  # transformers 4
 
 
 def _quantization(name: str) -> Any:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules
 from lapefast.models.linears import out_features
+from lapefast.models.parallel import refuse_split
 
 __all__ = ["AttentionCall", "Projections", "projections_of", "watching_attention"]
 
@@ -92,8 +93,10 @@ def watching_attention(model: nn.Module, see: Callable[[AttentionCall], None]) -
     watched at once, also by threads, and end in any order.
 
     Raises:
-        InputError: while the model runs, where an attention can't be read.
+        InputError: where heads are split over processes; while the model runs, where an attention
+            can't be read.
     """
+    refuse_split(model, "looking at attention")
     bare = bare_model(model)
     paths = {module: path for path, module in named_modules(bare)}
     configs = [getattr(module, "config", None) for module in (bare, *paths)]

@@ -29,7 +29,8 @@ def fingerprint(model: nn.Module) -> str:
         for name, parameter in ffn.last.named_parameters():
             if site.experts and not name.startswith("down_proj"):
                 continue
-            digest.update(name.removeprefix("base_layer.").encode())
+            # transformers 4 hides the bias of a split layer behind an underscore.
+            digest.update(name.removeprefix("base_layer.").lstrip("_").encode())
             digest.update(_sample(_on_hand(ffn.last, name, parameter)))
     return digest.hexdigest()
 
@@ -47,7 +48,9 @@ def _sample(weight: Tensor) -> bytes:
 
 
 def _on_hand(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The weight itself, also where accelerate keeps it off the device."""
+    """The weight itself, also where accelerate keeps it off the device or processes share it."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
     if parameter.device.type != "meta":
         return parameter
     owner = module.get_submodule(name.rpartition(".")[0])

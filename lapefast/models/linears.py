@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules
+from lapefast.models.parallel import refuse_split
 from lapefast.models.structure import find_sites
 
 __all__ = ["find_linears", "known_sites", "out_features"]
@@ -20,8 +21,9 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     Quantised layers and those under an adapter count; an adapter's own do not.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or they are split over processes.
     """
+    refuse_split(model, "looking at linear layers' outputs")
     found: dict[str, nn.Module] = {}
     bare = bare_model(model)
     # T5's bare model owns its head.

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
+from lapefast.models.columns import Columns
 from lapefast.models.proof import prove
 from lapefast.models.routing import Routing
 from lapefast.models.rows import RowIndex
@@ -82,14 +83,16 @@ class SiteEdits:
 class SiteState:
     """What is placed at one site: a recorder's statistics, a steering's edits, or both."""
 
-    def __init__(self, ffn: FFN, replaced: Replaced) -> None:
+    def __init__(self, ffn: FFN, replaced: Replaced, columns: Columns | None = None) -> None:
         self.name = ffn.site.name
-        self.width = ffn.site.width
+        self.columns = columns  # this process's neurons, where they are split over several
+        self.width = ffn.site.width if columns is None else columns.stop - columns.start
         self.form = ffn.forward
         self.replaced = replaced
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
         self.proven = False
+        self.dtype: torch.dtype | None = None  # of the activation, once it was seen
         self.fired = 0  # times, while a probe runs
         self.probe: torch.Size | None = None  # what a probe's input is, while one runs
         self.kernel = "identity"

@@ -15,6 +15,7 @@ from torch import nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
+from lapefast.models.columns import find_columns
 from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.placed import (
     SiteState,
@@ -38,6 +39,7 @@ class Placement:
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
         self.ffns = find_ffns(model, mixtures=True)
+        self._columns = find_columns(self.bare, self.ffns)
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
         self.probing = False
@@ -170,8 +172,8 @@ class Placement:
     def how(self) -> dict[str, str]:
         """Site -> who computes its activation: the kernel ("fused") or the module ("given")."""
         return {
-            ffn.site.name: "fused" if dtype_of(ffn) in self.states[ffn.site.name].fused else "given"
-            for ffn in self.ffns
+            name: "fused" if dtype in self.states[name].fused else "given"
+            for name, dtype in self._dtypes().items()
         }
 
     def experts_implementation(self) -> str | None:
@@ -181,8 +183,15 @@ class Placement:
         return "+".join(sorted(ran or {one.implementation for one in routings})) or None
 
     def dtype(self) -> str:
-        """The dtypes of the FFNs' weights, such as ``bfloat16``, joined where they differ."""
-        return "+".join(sorted({str(dtype_of(ffn)).removeprefix("torch.") for ffn in self.ffns}))
+        """The dtypes of the activations, such as ``bfloat16``, joined where they differ."""
+        dtypes = set(map(str, self._dtypes().values()))
+        return "+".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Site -> the activation's dtype, which weights that are quantised do not say."""
+        return {
+            ffn.site.name: self.states[ffn.site.name].dtype or dtype_of(ffn) for ffn in self.ffns
+        }
 
     def _place(self, ffn: FFN) -> None:
         for module in (ffn.owner, ffn.activation):
@@ -215,7 +224,9 @@ class Placement:
         replaced = Replaced(
             attribute, target.__dict__.get(attribute), types.MethodType(forward, target)
         )
-        state = self.states[ffn.site.name] = SiteState(ffn, replaced)
+        state = self.states[ffn.site.name] = SiteState(
+            ffn, replaced, self._columns.get(ffn.site.name)
+        )
         state.foreign = foreign
         self._placed.append((target, state))
         leave(target, SITE, state)

@@ -50,7 +50,7 @@ def prove(
         active = _active(activation.reshape(-1, state.width), statistics)
         if not torch.equal(statistics.counts - before, _counted(active, statistics)):
             raise _miscounts(state, type(module).__name__)
-    state.proven = True
+    state.proven, state.dtype = True, activation.dtype
     return actual
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lapefast.models.parallel import refuse_split
 from lapefast.models.structure import FFN, find_ffns
 
 __all__ = ["watching_products"]
@@ -25,6 +26,7 @@ def watching_products(model: nn.Module, see: Callable[[FFN, Tensor], None]) -> I
     Raises:
         InputError: see `lapefast.models.find_sites`.
     """
+    refuse_split(model, "looking at products")
     ffns = find_ffns(model)
     hooks = [
         ffn.last.register_forward_pre_hook(lambda module, given, ffn=ffn: see(ffn, given[0]))

@@ -17,6 +17,7 @@ from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, text_config
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
+from lapefast.models.parallel import leads, least
 from lapefast.models.placement import dtype_of
 from lapefast.models.structure import find_ffns
 
@@ -89,7 +90,8 @@ class CorpusPass:
             corpus.check(self._lengths[corpus.label])
         self._opened = {corpus.label: corpus for corpus in opened}
         self._bare, self._device = bare_model(model), input_device(model)
-        self._max_tokens, self._progress, self._part = max_tokens, progress, part
+        self._max_tokens, self._part = max_tokens, part
+        self._progress = progress and leads()
         self.labels = list(self._opened)
         self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
         self.ended: dict[str, dict[str, Any]] = {}
@@ -252,7 +254,8 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
         free, wanted = torch.cuda.mem_get_info(device)[0], 16384
     else:
         free, wanted = psutil.virtual_memory().available, 2048
-    return max(1, min(wanted, free // 4 // per_token) // length)
+    # Processes that share the model's layers run the same batches.
+    return least(model, max(1, min(wanted, free // 4 // per_token) // length))
 
 
 def _regrouped(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lapefast.errors import InputError, RunStopped
 from lapefast.models.bare import bare_model, evaluating, headless
+from lapefast.models.parallel import parallel_group
 from lapefast.profiles import Profile
 from lapefast.profiling.batches import Batch, CorpusPass
 from lapefast.profiling.counting import Counting
@@ -109,7 +110,7 @@ def profile(
         )
     if not save_every >= 0:
         raise InputError(f"save_every must be 0 seconds or more, got {save_every!r}")
-    team = Team(process_group)
+    team = _team(model, process_group)
     with Saving(team, resume, save_every) as saving:
         text = CorpusPass(
             model,
@@ -147,26 +148,39 @@ def profile(
                 "until": getattr(until, "target", None),
             }
             saving.begin(settings, recorder, text)
-            if token_cache is not None and team.size > 1:
+            if token_cache is not None and team.batches > 1:
                 team.from_first(text.fill_cache)
             rows_at_once = saving.saved.get("rows_at_once", text.batch_size)
             counting = Counting(bare, recorder, rows_at_once)
             if not saving.enough:
                 _count_all(text, counting, recorder, saving, team, until)
             elif until is not None:
-                team.from_first(lambda: until(recorder.profile()))
+                team.where_held(lambda: until(recorder.profile()))
             team.share(recorder.tensors.values())
             counted = recorder.profile()
         halved = -team.highest(-counting.rows_at_once)
         counted.metadata.update(
             tokenizer=getattr(tokenizer, "name_or_path", None),
             **text.metadata(saving.rows),
-            processes=team.size,
+            processes=team.batches,
             **({"rows_at_once": halved} if halved < text.batch_size else {}),
             **({"changes": saving.changes} if saving.changes else {}),
             **team.from_first(lambda: getattr(until, "metadata", {})),
         )
     return counted
+
+
+def _team(model: nn.Module, group: torch.distributed.ProcessGroup | None) -> Team:
+    """Those that share the text, or the model's layers."""
+    layers = parallel_group(model)
+    if layers is None:
+        return Team(group)
+    if group is not None:
+        raise InputError(
+            "the processes share the model's layers already, so they can't share the text too; "
+            "leave out process_group"
+        )
+    return Team(layers, splits_model=True)
 
 
 def _count_all(
@@ -188,9 +202,10 @@ def _count_all(
             ask = False
             problem: BaseException | None = None
             try:
-                with signals.heard() if signals else nullcontext():
-                    round, ask = _next_round(batches, team.size)
-                    for batch in round[team.rank : team.rank + 1]:
+                # Who leaves a forward pass that is split leaves the others waiting in it.
+                with signals.heard(not team.splits_model) if signals else nullcontext():
+                    round, ask = _next_round(batches, team.batches)
+                    for batch in round[team.turn : team.turn + 1]:
                         counting.count(batch)
             except (Exception, RunStopped) as error:
                 problem = error

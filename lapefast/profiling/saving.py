@@ -96,14 +96,10 @@ class Saving:
                 )
                 self.changes.append({"rows": dict(self.rows), name: [then, now]})
         text.ended.update(self.saved["ended"])
-        if self._team.first:
-            tensors = recorder.tensors
-            if {name: one.shape for name, one in tensors.items()} != {
-                name: one.shape for name, one in self._tensors.items()
-            }:
-                raise InputError(f"the state in {self._path} is of another model or statistics")
-            for name, tensor in tensors.items():
-                tensor.copy_(self._tensors[name])
+        if self._team.splits_model:
+            self._tensors = self._team.from_first(lambda: self._tensors)
+        if self._team.first or self._team.splits_model:
+            recorder.restore(self._tensors)
         self._tensors = {}
 
     def save(
@@ -128,21 +124,21 @@ class Saving:
 
         def look() -> bool:
             recorder.check()
-            enough = until is not None and until(recorder.profile())
-            if self._directory is not None:
-                about = {
-                    "settings": self._settings,
-                    "environment": _environment(recorder),
-                    "changes": self.changes,
-                    "rows": self.rows,
-                    "ended": text.ended,
-                    "rows_at_once": least,
-                    "enough": enough,
-                }
-                self._directory.save(about, recorder.tensors)
-            return enough
+            return until is not None and until(recorder.profile())
 
-        self.enough = self._team.from_first(look)
+        self.enough = self._team.where_held(look)
+        if self._path is not None:
+            about = {
+                "settings": self._settings,
+                "environment": _environment(recorder),
+                "changes": self.changes,
+                "rows": self.rows,
+                "ended": text.ended,
+                "rows_at_once": least,
+                "enough": self.enough,
+            }
+            whole = recorder.whole()
+            self._team.from_first(lambda: self._directory.save(about, whole))
         self._saved_at = time.monotonic()
 
     def leaving(self, problem: BaseException | None) -> BaseException:

@@ -42,15 +42,24 @@ class Signals:
             signal.signal(number, handler)
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Within it a signal raises `RunStopped` at once, and one that came before does too."""
-        self._listening = True
+    def heard(self, at_once: bool = True) -> Iterator[None]:
+        """Within it a signal raises `RunStopped`, and one that came before does too.
+
+        Args:
+            at_once: wherever it comes, even on entering; otherwise at the end.
+        """
+        self._listening = at_once
         try:
-            if self._received is not None:
-                raise RunStopped(self._received)
+            if at_once:
+                self._raise()
             yield
+            self._raise()
         finally:
             self._listening = False
+
+    def _raise(self) -> None:
+        if self._received is not None:
+            raise RunStopped(self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again = self._received is not None

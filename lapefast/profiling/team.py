@@ -21,14 +21,24 @@ _Made = TypeVar("_Made")
 class Team:
     """The processes that share a pass, or one alone (None). Every method is called by all of them.
 
+    Args:
+        group: the processes.
+        splits_model: whether they hold parts of one model, so that each runs every batch and counts
+            the neurons of its part; otherwise each holds the model and runs its share of batches.
+
+    Attributes:
+        batches: how many are run at once.
+        turn: which of them this process runs.
+
     Raises:
         RunFailed: in any method, where another process has ended.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, splits_model: bool = False) -> None:
+        self._group, self.splits_model = group, splits_model
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.batches, self.turn = (1, 0) if splits_model else (self.size, self.rank)
         self._source = 0 if group is None else dist.get_global_rank(group, 0)
 
     @property
@@ -66,9 +76,19 @@ class Team:
             raise content
         return content
 
+    def where_held(self, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` makes of what was collected: in the first process, or in all that hold it.
+
+        Whatever gathers the parts of a model is called by every process.
+        """
+        return make() if self.splits_model else self.from_first(make)
+
     def collect(self, tensors: Iterable[Tensor]) -> None:
-        """Add every process's tensors up in the first process's; the others' become zero."""
-        if self.size == 1:
+        """Add every process's tensors up in the first process's; the others' become zero.
+
+        Those of a model's parts stay where they are.
+        """
+        if self.batches == 1:
             return
         for tensor in tensors:
             with _together():
@@ -77,8 +97,8 @@ class Team:
                 tensor.zero_()
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give the first process's values to all."""
-        if self.size == 1:
+        """Give what was collected to all."""
+        if self.batches == 1:
             return
         for tensor in tensors:
             with _together():

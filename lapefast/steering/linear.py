@@ -143,7 +143,7 @@ def dense_weight(module: nn.Module, site: str) -> Tensor:
     """A linear layer's weight as [out, in]: a view without gradient, also of a Conv1D's.
 
     Raises:
-        InputError: naming the site, where the weight is adapted, quantised or offloaded.
+        InputError: naming the site, where the weight is adapted, quantised, offloaded or split.
     """
     if holds_adapter(module):
         raise refusal(
@@ -152,6 +152,8 @@ def dense_weight(module: nn.Module, site: str) -> Tensor:
         )
     transposed = type(module).__name__ == "Conv1D"
     weight = module._parameters.get("weight")
+    if hasattr(weight, "device_mesh"):
+        raise refusal(site, "its weights are split over processes; load them whole, or")
     if type(weight) is not nn.Parameter or not (transposed or isinstance(module, nn.Linear)):
         raise refusal(site, f"{type(module).__name__} is quantised or no plain linear layer;")
     if weight.device.type == "meta":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks
+from lapefast.models.columns import Columns
 from lapefast.models.inputs import input_device
 from lapefast.models.linears import find_linears, out_features
 from lapefast.models.placed import SiteEdits, SiteState
@@ -141,31 +142,39 @@ class Steering:
             )
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
-        state.edits = self._edits_of(ffn.site, device_of(ffn))
+        state.edits = self._edits_of(ffn.site, device_of(ffn), state.columns)
 
-    def _edits_of(self, site: Site, device: torch.device) -> SiteEdits | None:
+    def _edits_of(
+        self, site: Site, device: torch.device, columns: Columns | None = None
+    ) -> SiteEdits | None:
         """The tables of one site, or None where nothing is edited."""
         tables = [
             edit.tables.get(site.name, _NOTHING) if isinstance(edit, Edit) else _NOTHING
             for edit in self.edits
         ]
-        # Numbered on from edit to edit; each has a set for every expert of a mixture.
-        numbered = torch.cat([table[0] + i * site.neurons for i, table in enumerate(tables)])
-        if not len(numbered):
+        if not any(len(table[0]) for table in tables):
             return None
+        width = site.width
+        if columns is not None:
+            # A process without edited neurons still takes its part in what the others run.
+            tables, width = [columns.own(*table) for table in tables], columns.stop - columns.start
+        # Numbered on from edit to edit; each has a set for every expert of a mixture.
+        numbered = torch.cat(
+            [table[0] + i * width * (site.experts or 1) for i, table in enumerate(tables)]
+        )
         sets = len(tables) * (site.experts or 1)
-        offsets = torch.searchsorted(numbered, torch.arange(sets + 1) * site.width)
+        offsets = torch.searchsorted(numbered, torch.arange(sets + 1) * width)
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
             return values.to(device=device, dtype=dtype).contiguous()
 
-        _, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
+        _, scale, shift = (torch.cat(parts) for parts in zip(*tables, strict=True))
         rows = self._stacks.get(site.stack)
         return SiteEdits(
             sets=rows_at(site, RowIndex() if rows is None else rows.index_on(device)),
             tables=(
                 on_device(offsets, torch.int32),
-                on_device(numbered % site.width, torch.int32),
+                on_device(numbered % max(width, 1), torch.int32),
                 on_device(scale, torch.float32),
                 on_device(shift, torch.float32),
                 on_device(torch.zeros(2), torch.int64),

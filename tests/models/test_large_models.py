@@ -1,0 +1,171 @@
+"""Models that are offloaded, quantised or adapted, profiled and steered."""
+
+from __future__ import annotations
+
+import json
+
+import plain
+import pytest
+import torch
+from families import IDS, VOCABULARY, by_name
+from same_run import eager, profile_and_gates
+
+import lapefast as lf
+from lapefast import models
+from lapefast.engines.transformers import Checkpoint, load_model
+from lapefast.errors import InputError
+from lapefast.models.bare import unwrap
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROWS = torch.arange(10 * 12).reshape(10, 12) * 29 % (VOCABULARY - 10) + 5
+CORPORA = {"en": ROWS[:6], "zh": ROWS[6:]}
+LAYERS = dict.fromkeys(("model.layers.0", "model.layers.1"), "disk")
+AROUND = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+MAPS = {
+    "auto": "auto",
+    "layers on disk": json.dumps(AROUND | LAYERS),
+    "one layer on disk": json.dumps(AROUND | LAYERS | {"model.layers.1": "cpu"}),
+}
+
+
+@pytest.fixture(params=["llama", "phi3", "starcoder2"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A family's name -> its saved model."""
+
+    def save(name):
+        path = tmp_path_factory.mktemp(name)
+        by_name(name).build().save_pretrained(path)
+        return Checkpoint(str(path))
+
+    held = {}
+    return lambda name: held.get(name) or held.setdefault(name, save(name))
+
+
+def profiled(model):
+    return lf.profile(model, CORPORA, batch_size=4, progress=False)
+
+
+def assert_counts_of_that_run(name, model):
+    """The counts equal the eager expression on the gates that the same run made."""
+    profile, gates = profile_and_gates(model, CORPORA, batch_size=4)
+    for site in profile.sites:
+        for label in range(2):
+            active = eager(name, gates[site][label]) > 0
+            assert torch.equal(profile.counts[site][label], active.sum(0)), site
+    return profile
+
+
+@torch.no_grad()
+def assert_steered_as_by_hooks(name, model):
+    family = by_name(name)
+    sites = list(family.sites)
+    off = [2, 9, 51]
+
+    def silence(site, output):
+        output = output.clone()
+        output[..., off] = 0.0
+        return output
+
+    with plain.hooked(family.activations(unwrap(model)), silence):
+        expected = model(input_ids=IDS)
+    assert not plain.same(expected, model(input_ids=IDS))
+    with lf.steer(model, lf.deactivate(dict.fromkeys(sites, off))):
+        assert plain.same(model(input_ids=IDS), expected)
+
+
+# offloaded
+
+
+@pytest.mark.parametrize("where", MAPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_model_is_profiled_and_steered_like_one_in_memory(saved, name, where, dtype):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = load_model(saved(name), dtype, device_map=MAPS[where])
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    assert ("meta" in kinds) == ("disk" in where)
+    expected, found = profiled(load_model(saved(name), dtype, "cpu")), profiled(model)
+    assert found.site_info == expected.site_info
+    assert found.metadata == expected.metadata
+    for site in expected.sites:
+        assert torch.equal(found.counts[site], expected.counts[site])
+        assert torch.equal(found.sums[site], expected.sums[site])
+    assert_steered_as_by_hooks(name, model)
+
+
+@pytest.mark.parametrize("text", ["{model: cpu}", '{"model": '])
+def test_a_device_map_that_can_not_be_read_is_refused(saved, text):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with pytest.raises(InputError, match="is not JSON"):
+        load_model(saved("llama"), device_map=text)
+
+
+# quantised
+
+
+@pytest.fixture(params=["8bit", "4bit"])
+def bits(request):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_models_counts_are_of_what_it_computes(saved, name, bits, dtype):
+    model = load_model(saved(name), dtype, "cpu", quantization=bits)
+    last = models.bare_model(model).layers[1].mlp
+    assert not any(parameter.dim() > 1 and parameter.is_floating_point()
+                   for parameter in last.parameters())  # fmt: skip
+    print_before = models.fingerprint(model)
+    profile = assert_counts_of_that_run(name, model)
+    assert profile.metadata["dtype"] == dtype
+    assert profile.fingerprint == print_before == models.fingerprint(model)
+    assert profile.site_info == models.find_sites(load_model(saved(name), dtype, "cpu"))
+
+
+def test_a_quantised_model_is_another_model(saved, bits):
+    whole = profiled(load_model(saved("llama"), "bfloat16", "cpu"))
+    quantised = profiled(load_model(saved("llama"), "bfloat16", "cpu", quantization=bits))
+    with pytest.raises(InputError, match="profiles of models that differ"):
+        whole + quantised
+
+
+def test_a_quantised_model_is_steered_as_by_hooks(saved, name, bits):
+    assert_steered_as_by_hooks(name, load_model(saved(name), "bfloat16", "cpu", quantization=bits))
+
+
+# adapted
+
+
+def adapted(name, model):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    owner = models.bare_model(model).layers[0].mlp
+    targets = [path for path, _ in owner.named_children() if path[-4:] in ("proj", "c_fc")]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_an_adapted_model_is_profiled_and_steered_under_the_plain_models_names(
+    saved, name, quantization
+):
+    if quantization:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = load_model(saved(name), "bfloat16", "cpu", quantization=quantization)
+    before = profiled(base)
+    model = adapted(name, base)
+    found = assert_counts_of_that_run(name, model)
+    assert found.site_info == before.site_info
+    assert found.fingerprint != before.fingerprint
+    assert any(not torch.equal(found.counts[site], before.counts[site]) for site in found.sites)
+    assert_steered_as_by_hooks(name, model)
+    with model.disable_adapter():
+        disabled = profiled(model)
+    for site in before.sites:
+        assert torch.equal(disabled.counts[site], before.counts[site])
