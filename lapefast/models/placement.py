@@ -171,10 +171,8 @@ class Placement:
 
     def how(self) -> dict[str, str]:
         """Site -> who computes its activation: the kernel ("fused") or the module ("given")."""
-        return {
-            name: "fused" if dtype in self.states[name].fused else "given"
-            for name, dtype in self._dtypes().items()
-        }
+        states = [(self.states[ffn.site.name], self._dtype(ffn)) for ffn in self.ffns]
+        return {state.name: "fused" if dtype in state.fused else "given" for state, dtype in states}
 
     def experts_implementation(self) -> str | None:
         """See `lapefast.recording.Recorder.experts_implementation`."""
@@ -184,14 +182,13 @@ class Placement:
 
     def dtype(self) -> str:
         """The dtypes of the activations, such as ``bfloat16``, joined where they differ."""
-        dtypes = set(map(str, self._dtypes().values()))
+        dtypes = {str(self._dtype(ffn)) for ffn in self.ffns}
         return "+".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
 
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """Site -> the activation's dtype, which weights that are quantised do not say."""
-        return {
-            ffn.site.name: self.states[ffn.site.name].dtype or dtype_of(ffn) for ffn in self.ffns
-        }
+    def _dtype(self, ffn: FFN) -> torch.dtype:
+        """The activation's dtype: the weights' or, as quantised ones do not say it, that seen."""
+        quantised = not all(weight.is_floating_point() for weight in ffn.owner.parameters())
+        return (quantised and self.states[ffn.site.name].dtype) or dtype_of(ffn)
 
     def _place(self, ffn: FFN) -> None:
         for module in (ffn.owner, ffn.activation):
