@@ -5,7 +5,6 @@ Tang et al., ACL 2024, arXiv 2402.16438, section 4.2.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from lapefast.corpus import open_corpora
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.random_sets import random_like
-from lapefast.files import existing_file, write_atomically
+from lapefast.evaluate.result_file import ResultFile
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import input_device, row_length, vocabulary_size
 from lapefast.neurons import NeuronSet, NeuronSets, deactivate
@@ -32,8 +31,7 @@ from lapefast.steering import steer
 
 __all__ = ["PerplexityMatrix", "perplexity_matrix"]
 
-_FORMAT = "lapefast perplexity matrix"
-_VERSION = 1
+_FILE = ResultFile("matrix file", "lapefast perplexity matrix")
 _UNEDITED = "none"
 
 
@@ -116,8 +114,6 @@ class PerplexityMatrix:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix as JSON. Raises InputError where the file cannot be written."""
         content = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "rows": self.rows,
             "columns": self.columns,
             "nll": self.nll.tolist(),
@@ -126,42 +122,12 @@ class PerplexityMatrix:
             "tokens": self.tokens,
             "metadata": self.metadata,
         }
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+        _FILE.write(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerplexityMatrix:
         """Read what `save` wrote. Raises InputError for anything else."""
-        file = existing_file(path, "matrix file")
-        try:
-            content = json.loads(file.read_text("utf-8"))
-            known = content["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"the matrix file {path} is not one of lapefast's, or is cut short or damaged"
-            ) from error
-        if not known or content.get("version") != _VERSION:
-            raise InputError(
-                f"the matrix file {path} must be a {_FORMAT} of version {_VERSION}, got "
-                f"{content['format']!r} of version {content.get('version')!r}"
-            )
-        try:
-            rows, columns = content["rows"], content["columns"]
-            values = {
-                name: torch.tensor(content[name], dtype=torch.float64)
-                for name in ("nll", "random_nll", "random_range")
-            }
-            shape = (len(rows), len(columns))
-            if any(tuple(value.shape[:2]) != shape for value in values.values()):
-                raise ValueError("shapes differ")
-            return cls(
-                rows, columns, **values, tokens=content["tokens"], metadata=content["metadata"]
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f"the matrix file {path} is damaged: {reason}; make it again"
-            ) from error
+        return _FILE.read(path, _parsed)
 
 
 def perplexity_matrix(
@@ -254,6 +220,18 @@ def perplexity_matrix(
             "torch": torch.__version__,
         },
     )
+
+
+def _parsed(content: Mapping[str, Any]) -> PerplexityMatrix:
+    rows, columns = content["rows"], content["columns"]
+    values = {
+        name: torch.tensor(content[name], dtype=torch.float64)
+        for name in ("nll", "random_nll", "random_range")
+    }
+    if any(tuple(value.shape[:2]) != (len(rows), len(columns)) for value in values.values()):
+        raise ValueError("shapes differ")
+    tokens, metadata = content["tokens"], content["metadata"]
+    return PerplexityMatrix(rows, columns, **values, tokens=tokens, metadata=metadata)
 
 
 def _measure(
