@@ -36,6 +36,7 @@ class CorpusReport:
         source was read to its end.
     tokens: tokens in `rows`.
     dropped: tokens at the source's end that filled no row; 0 if `capped`.
+    empty: texts up to there that were left out because they are empty or blank.
     capped: whether the reading ended at `max_tokens`, whatever else there may be in the source.
     """
 
@@ -48,6 +49,7 @@ class CorpusReport:
     tokens: int
     dropped: int
     capped: bool
+    empty: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes."""
@@ -71,10 +73,13 @@ def pack(
     report = replace(report, identity=identity)
     step = max(1, _CHUNK_TOKENS // seq_len)
     parts: list[np.ndarray] = []
-    starts = np.empty(0, dtype=np.int64)  # of the documents that begin at or after row `done`
-    held = done = documents = 0
+    # Of the documents, and of texts left out, those at or after row `done`.
+    starts = blanks = np.empty(0, dtype=np.int64)
+    held = done = documents = empty = 0
     for batch in stream:
-        starts = np.concatenate([starts, batch.starts + done * seq_len + held])
+        place = done * seq_len + held
+        starts = np.concatenate([starts, batch.starts + place])
+        blanks = np.concatenate([blanks, batch.empty + place])
         parts.append(batch.ids)
         held += len(batch.ids)
         ready = held // seq_len
@@ -90,12 +95,15 @@ def pack(
             done += len(rows)
             begun = int(np.searchsorted(starts, done * seq_len))
             documents, starts = documents + begun, starts[begun:]
+            passed = int(np.searchsorted(blanks, done * seq_len))
+            empty, blanks = empty + passed, blanks[passed:]
             if skipped < len(rows):
                 report = replace(
                     report,
                     rows=(first, done),
                     documents=documents,
                     tokens=(done - first) * seq_len,
+                    empty=empty,
                 )
                 yield torch.from_numpy(rows[skipped:].copy()), report
         parts = [ids[ready * seq_len :].copy()]
@@ -107,7 +115,8 @@ def pack(
     if not done:
         raise _too_few(documents, held, seq_len)
     refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
-    yield None, replace(report, documents=documents, dropped=held)
+    empty += len(blanks)
+    yield None, replace(report, documents=documents, dropped=held, empty=empty)
 
 
 def count_tokens(stream: Iterator[Tokens], enough: int, vocab_size: int | None) -> None:
