@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lapefast import __version__
 from lapefast.detect.sharing.categories import Category, sharing_categories
-from lapefast.detect.sharing.examples import Examples, Prompt, read_examples
+from lapefast.detect.sharing.examples import Examples, Prompt, read_examples, source_name
 from lapefast.detect.sharing.last_tokens import reading_last_tokens
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
@@ -209,6 +209,7 @@ def category_deactivation(
             "values": values,
             "examples": len(parallel.examples),
             "dropped": parallel.dropped,
+            "examples_source": source_name(examples),
             "notes": parallel.notes,
             "random_sets": random_sets,
             "seed": seed,
