@@ -9,6 +9,7 @@ import typer
 
 from lapefast.cli import edits, options
 from lapefast.cli.options import check_output
+from lapefast.errors import InputError
 
 __all__ = ["sample"]
 
@@ -54,6 +55,8 @@ def sample(
     Example: `lapefast sample ./my-model --neurons average-precision.safetensors -o sampled.json`
     """
     check_output(output)
+    if not temperature > 0:
+        raise InputError(f"--temperature must be over 0, got {temperature}")
     from lapefast import Profile
     from lapefast.detect import AveragePrecisionNeurons
 
