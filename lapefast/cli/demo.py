@@ -32,7 +32,8 @@ _EXPERTS = 16
 _PRUNED = 0.2
 _SAMPLES = 24
 _EXAMPLES = 24
-_ANSWERED = 4  # of the examples; and languages whose effects take many runs to measure
+# Of what takes many runs to measure: examples that are answered, and languages.
+_ANSWERED = 4
 _FEW = ("en", "zh", "ja")
 _FILES = {
     "lape": "neurons.json",
@@ -117,7 +118,7 @@ def demo(
     matrix.save(output / "matrix.json")
     show(matrix)
 
-    given = [
+    lines = [
         {"label": label, "prompt": prompt}
         for label, some in prompts(_PROMPTS).items()
         for prompt in some
@@ -126,7 +127,7 @@ def demo(
         made.model,
         neurons,
         profile,
-        _write_lines(output / "prompts.jsonl", given),
+        _write_lines(output / "prompts.jsonl", lines),
         made.tokenizer,
         max_new_tokens=_NEW_TOKENS,
     )
@@ -136,12 +137,12 @@ def demo(
         found.save(output / f"{name}.neurons.json")
     for name, result in results.items():
         result.save(output / _FILES[name])
-    given = {name.removesuffix(" in full"): result for name, result in results.items()}
+    measured = {name.removesuffix(" in full"): result for name, result in results.items()}
     files = _FILES | {name: f"{name}.neurons.json" for name in others}
     report = output / "report.html"
     write_report(
         report,
-        Inputs(profile, {"lape": neurons, **others}, matrix, sweep, files=files, **given),
+        Inputs(profile, {"lape": neurons, **others}, matrix, sweep, files=files, **measured),
         figures=output / "figures",
     )
     console.print(

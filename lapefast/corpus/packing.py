@@ -36,8 +36,8 @@ class CorpusReport:
         source was read to its end.
     tokens: tokens in `rows`.
     dropped: tokens at the source's end that filled no row; 0 if `capped`.
-    empty: texts up to there that were left out because they are empty or blank.
     capped: whether the reading ended at `max_tokens`, whatever else there may be in the source.
+    empty: texts that are no `documents` because they are empty or blank, as far as those were read.
     """
 
     label: str

@@ -176,6 +176,9 @@ def _texts(inputs: Inputs) -> Table:
     rows = []
     for name, metadata in inputs.described().items():
         corpora = metadata.get("corpora") or ()
+        shown = inputs.neurons.get(name.removesuffix(" in full"))
+        if name.endswith(" in full") and shown and shown.metadata.get("corpora") == corpora:
+            continue  # they stand there already, with the neurons
         tokens: dict[str, int] = {}
         if name == "profile":
             tokens = dict(zip(inputs.profile.labels, inputs.profile.tokens.tolist(), strict=True))
@@ -191,6 +194,8 @@ def _texts(inputs: Inputs) -> Table:
                 for key in ("documents", "longer", "empty")
             )
             sources = [public_name(one["source"]) for one in own if one.get("source") is not None]
+            if label in prompts and metadata.get("prompts_source"):
+                sources.append(metadata["prompts_source"])
             rows.append(
                 [
                     name,
@@ -203,7 +208,7 @@ def _texts(inputs: Inputs) -> Table:
                     ", ".join(dict.fromkeys(sources)) or None,
                 ]
             )
-    header = ["of", "label", "tokens", "prompts", "documents", "empty texts left out"]
+    header = ["of", "label", "tokens", "prompts", "documents", "empty texts"]
     header += ["longer documents", "corpora"]
     kept = [place for place in range(8) if any(row[place] is not None for row in rows)]
     return Table([header[one] for one in kept], [[row[one] for one in kept] for row in rows])

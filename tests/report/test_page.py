@@ -198,7 +198,7 @@ def test_texts_of_every_input_are_listed(inputs):
     inputs.neurons["plnd"].metadata |= {"corpora": documents, "longer": "cut"}
     inputs.experts.metadata |= {"corpora": documents[:1] * 2, "longer": "drop"}
     table = sections(inputs)[0].tables["Texts"]
-    names = ["tokens", "prompts", "documents", "empty texts left out", "longer documents"]
+    names = ["tokens", "prompts", "documents", "empty texts", "longer documents"]
     assert table.header == ["of", "label", *names, "corpora"]
     assert table.rows == [
         *(
@@ -211,6 +211,13 @@ def test_texts_of_every_input_are_listed(inputs):
         ["experts in full", LABELS[0], None, None, 18, 2, "4 dropped", "v.txt"],
         *(["pruning", label, 9, None, None, None, None, None] for label in LABELS),
     ]
+    both = replace(inputs, neurons={"experts": NeuronSets({}, inputs.neurons["plnd"].layout)})
+    both.neurons["experts"].metadata |= {"corpora": inputs.experts.metadata["corpora"]}
+    rows = sections(both)[0].tables["Texts"].rows
+    assert [row[0] for row in rows if "experts" in row[0]] == ["experts"]
+    inputs.sweep.metadata["prompts_source"] = "p.jsonl"
+    rows = sections(Inputs(sweep=inputs.sweep))[0].tables["Texts"].rows
+    assert rows == [["sweep", label, 8, "p.jsonl"] for label in LABELS]
     table = sections(Inputs(matrix=inputs.matrix))[0].tables["Texts"]
     assert table.header == ["of", "label", "tokens"]
 
