@@ -173,11 +173,11 @@ def _measured(inputs: Inputs) -> Section:
 
 def _texts(inputs: Inputs) -> Table:
     """What each input was measured on, label by label; columns that would be empty are left out."""
-    rows = []
-    for name, metadata in inputs.described().items():
+    rows, described = [], inputs.described()
+    for name, metadata in described.items():
         corpora = metadata.get("corpora") or ()
-        shown = inputs.neurons.get(name.removesuffix(" in full"))
-        if name.endswith(" in full") and shown and shown.metadata.get("corpora") == corpora:
+        method, full, _ = name.partition(" in full")
+        if full and corpora == described.get(method, {}).get("corpora"):
             continue  # they stand there already, with the neurons
         tokens: dict[str, int] = {}
         if name == "profile":
