@@ -33,7 +33,7 @@ SHAPES = {
     "cpu": Shape("168M Llama", 4, 512, 1024, 2816, 8, 16, 16, 32000),
     "cuda": Shape("8B Llama", 4, 2048, 4096, 14336, 32, 32, 8, 128256),
 }
-TINY = Shape("tiny Llama", 2, 16, 64, 176, 2, 4, 2, 320)
+TINY = Shape("tiny Llama", 2, 16, 64, 176, 2, 4, 2, 8192)
 
 
 @dataclass(frozen=True)

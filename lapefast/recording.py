@@ -15,15 +15,16 @@ import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
-from lapefast.models.groups import token_groups
+from lapefast.models.groups import shard_groups, token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
-from lapefast.models.rows import StackRows
+from lapefast.models.rows import StackRows, rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import GROUPS
-from lapefast.profiles import STATISTICS, Profile
+from lapefast.profiles import SHARDS, STATISTICS, Profile
+from lapefast.profiles.shards import narrowed
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,10 @@ def record(
         model: any model whose FFNs `lapefast.models.find_sites` finds.
         labels: what the tokens are grouped by.
         statistics: of ``counts``, ``sums`` (of activations), ``square_sums`` (of squared products)
-            and ``up_abs_sums`` (of the absolute values of up; gated FFNs only).
+            and ``up_abs_sums`` (of the absolute values of up; gated FFNs only), and
+            ``shard_counts`` (the counts of each of 8 shards, with ``counts`` beside them: row r of
+            a label, counted over the whole run, goes to shard r % 8; while it runs, every
+            statistic then takes 8 times its memory).
         threshold: a neuron is active where its activation is strictly above it.
         exact: fuse only activations proven bit-equal to the model's own; otherwise all that a
             kernel exists for.
@@ -75,10 +79,12 @@ class Recorder:
     ) -> None:
         self.labels = _check_labels(labels)
         self._names = _check_statistics(statistics)
+        self._shards = SHARDS if "shard_counts" in self._names else 1
         self._threshold = _check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
         self._stacks: dict[str, _StackGroups] = {}
+        self._marked: list[tuple[Tensor, Tensor]] = []
         self._placement = Placement.claim(
             model, "recorder", self, f"labels {', '.join(self.labels)}"
         )
@@ -87,7 +93,10 @@ class Recorder:
             with torch.inference_mode(False):
                 for name, module in stacks(self._placement.bare).items():
                     self._stacks[name] = _StackGroups(
-                        module, len(self.labels), input_device(model), self._placement
+                        module,
+                        (len(self.labels), self._shards),
+                        input_device(model),
+                        self._placement,
                     )
                 self._placement.fill(self._place)
             self._placement.prove()
@@ -102,6 +111,24 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of what is recorded."""
+        return self._names
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's; see `lapefast.models.fingerprint`."""
+        return self._metadata["fingerprint"]
+
+    @property
+    def experts_implementation(self) -> str | None:
+        """How transformers ran mixtures so far, such as ``grouped_mm``, joined by + if by several.
+
+        Before any ran, how it would; None where the model has none.
+        """
+        return self._placement.experts_implementation()
 
     @property
     def unproven(self) -> list[str]:
@@ -120,6 +147,7 @@ class Recorder:
         groups: Tensor | None = None,
         decoder_mask: Tensor | None = None,
         decoder_groups: Tensor | None = None,
+        first_row: int | None = None,
     ) -> None:
         """Say what the tokens of the next forward passes are.
 
@@ -130,14 +158,21 @@ class Recorder:
             groups: instead of a label, an integer tensor like the input ids: each token's index
                 into ``labels``, or -1.
             decoder_mask, decoder_groups: the same for the decoder's input of an encoder-decoder.
+            first_row: with a label, the number of the batch's first row among all of the label's,
+                from 0, by which ``shard_counts`` deals the rows. None goes on from the last call's.
 
         Raises:
-            InputError: for an unknown label, an index out of range, or not just one of label and
-                groups.
+            InputError: for an unknown label, an index out of range, not just one of label and
+                groups, or a row number without a label or below 0.
         """
         given = label, mask, groups, decoder_mask, decoder_groups
+        if first_row is not None and (label is None or first_row < 0):
+            raise InputError(
+                f"first_row must be the number, from 0, of a label's row, got {first_row} with "
+                f"label {label!r}"
+            )
         for name, index in token_groups(self.labels, self._stacks, *given).items():
-            self._stacks[name].set(index)
+            self._stacks[name].set(index, label and self.labels.index(label), first_row)
 
     def profile(self) -> Profile:
         """What was counted so far, as a `Profile` of its own.
@@ -146,7 +181,11 @@ class Recorder:
             InputError: where an activation was not finite (naming the site), or nothing was
                 counted.
         """
-        tokens = {name: rows.tokens[1:].to("cpu", copy=True) for name, rows in self._stacks.items()}
+        dealt = {
+            name: rows.tokens[1:].to("cpu", copy=True).view(len(self.labels), self._shards)
+            for name, rows in self._stacks.items()
+        }
+        tokens = {name: of.sum(1) for name, of in dealt.items()}
         if not any(int(count.sum()) for count in tokens.values()):
             raise InputError(
                 "nothing was recorded: call recorder.set(...) and run the model before "
@@ -154,21 +193,61 @@ class Recorder:
             )
         self.check()
         sites = self._reached()
+        read = {site.name: self._read(site.name) for site in sites}
         collected = {
-            name: {
-                site.name: getattr(self._statistics[site.name], name).to("cpu", copy=True)
-                for site in sites
-            }
-            for name in self._names
+            name: {site: of[name].cpu() for site, of in read.items() if name in of}
+            for name in (*self._names, "routed", "shard_routed")
         }
+        routed = collected.pop("routed")
         metadata = self._metadata | {
             "dtype": self._placement.dtype(),
             "edited": self._placement.steered,
         }
-        return Profile(self.labels, sites, tokens, collected, metadata)
+        dealt |= collected.pop("shard_routed")
+        if routed:
+            metadata["experts_implementation"] = self.experts_implementation
+        shard_tokens = dealt if self._shards > 1 else None
+        return Profile(self.labels, sites, tokens, collected, metadata, routed, shard_tokens)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in which it adds up, by name; added to in place, never replaced.
+
+        `tokens/{stack}` int64 [1 + groups] (the first place is of no group), `flags/{site}` int64
+        [2], and `{statistic}/{site}` [groups, neurons], in a mixture [groups, experts, neurons] and
+        `routed/{site}` [groups, experts]; each where its site lies. A group is a label, or with
+        ``shard_counts`` a shard of one. What runs added up in several processes, or before and
+        after a stop, is the sum of these.
+        """
+        named = {f"tokens/{stack}": rows.tokens for stack, rows in self._stacks.items()}
+        for site, statistics in self._statistics.items():
+            named[f"flags/{site}"] = statistics.flags
+            named |= {f"{name}/{site}": one for name, one in self._by_group(site).items()}
+        return named
+
+    def mark(self, label: str) -> None:
+        """Remember what was counted, so that `rewind` can take back passes over ``label`` alone."""
+        first = self.labels.index(label) * self._shards
+        self._marked = []
+        for name, tensor in self.tensors.items():
+            kind = name.partition("/")[0]
+            groups = slice(first, first + self._shards)
+            part = tensor if kind in ("tokens", "flags") else tensor[groups]
+            self._marked.append((part, part.clone()))
+
+    def unmark(self) -> None:
+        """Forget the last `mark`."""
+        self._marked = []
+
+    def rewind(self) -> None:
+        """Take back what was counted since the last `mark`; nothing, if there is none."""
+        for part, before in self._marked:
+            part.copy_(before)
 
     def drain(self) -> dict[str, dict[str, Tensor]]:
         """Site -> statistic -> [labels, neurons], as counted since the last call, and start anew.
+
+        Of a mixture [labels, experts, neurons], and its ``routed`` [labels, experts].
 
         For passes that look at every batch apart. On the sites' own devices.
 
@@ -180,9 +259,8 @@ class Recorder:
             self.check()
         finally:
             for site, statistics in self._statistics.items():
-                tensors = statistics.tensors()
-                drained[site] = {name: tensor.clone() for name, tensor in tensors.items()}
-                for tensor in (*tensors.values(), statistics.flags):
+                drained[site] = self._read(site)
+                for tensor in (*statistics.tensors().values(), statistics.flags):
                     tensor.zero_()
         return drained
 
@@ -204,7 +282,7 @@ class Recorder:
         The forward pass then returns nothing meaningful. For the pass over a corpus.
         """
         for site in self.sites:
-            if site.name == self._placement.last and site.calls == 1:
+            if site.name == self._placement.last and site.calls == 1 and not site.experts:
                 self._statistics[site.name].last = True
 
     def remove(self) -> None:
@@ -212,6 +290,18 @@ class Recorder:
         for rows in self._stacks.values():
             rows.remove()
         self._placement.release("recorder", "statistics", self)
+
+    def _read(self, site: str) -> dict[str, Tensor]:
+        """A copy of each statistic, [labels, ...], and with shards of what they hold apart."""
+        apart = {
+            name: tensor.unflatten(0, (len(self.labels), self._shards))
+            for name, tensor in self._by_group(site).items()
+        }
+        read = {name: tensor.sum(1) for name, tensor in apart.items()}
+        if self._shards > 1:
+            read["shard_counts"] = narrowed(apart["counts"])
+            read |= {"shard_routed": apart["routed"].clone()} if "routed" in apart else {}
+        return read
 
     def _reached(self) -> list[Site]:
         """The sites without those that no token has reached, such as a vision tower's."""
@@ -228,6 +318,10 @@ class Recorder:
             _log.warning("Not in the profile, as no token reached them: %s", ", ".join(left_out))
         return [site for site in self.sites if site.name not in left_out]
 
+    def _by_group(self, site: str) -> dict[str, Tensor]:
+        """Each statistic, [groups, ...]; in a mixture [groups, experts, ...]."""
+        return self._statistics[site].by_group(len(self.labels) * self._shards)
+
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
         if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
@@ -243,12 +337,16 @@ class Recorder:
                         f"{name} can't be recorded at {site.name}: {type(ffn.owner).__name__} "
                         "computes its product in its own code"
                     )
+        groups = len(self.labels) * self._shards * (site.experts or 1)
         tensors = {
-            name: torch.zeros(len(self.labels), site.width, dtype=STATISTICS[name], device=device)
+            name: torch.zeros(groups, site.width, dtype=STATISTICS[name], device=device)
             for name in self._names
+            if name != "shard_counts"  # the counts, before their shards are added up
         }
+        if site.experts:
+            tensors["routed"] = torch.zeros(groups, dtype=torch.int64, device=device)
         state.statistics = self._statistics[site.name] = SiteStatistics(
-            groups=self._stacks[site.stack].index_on(device),
+            groups=rows_at(site, self._stacks[site.stack].index_on(device)),
             threshold=self._threshold,
             flags=torch.zeros(2, dtype=torch.int64, device=device),
             backend=chosen_backend(self._backend, device),
@@ -274,21 +372,47 @@ class Recorder:
 
 
 class _StackGroups(StackRows):
-    """The rows of one stack's input: their groups, and how many tokens each group had."""
+    """The rows of one stack's input: their groups, and how many tokens each group had.
+
+    With ``groups`` (labels, shards), a group is one shard of a label.
+    """
 
     def __init__(
-        self, module: nn.Module, labels: int, device: torch.device, placement: Placement
+        self,
+        module: nn.Module,
+        groups: tuple[int, int],
+        device: torch.device,
+        placement: Placement,
     ) -> None:
+        labels, self._shards = groups
         # The first place is for -1, so that counting needs no selection.
-        self.tokens = torch.zeros(labels + 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(labels * self._shards + 1, dtype=torch.int64, device=device)
+        # The number of each label's first row in the batch that was set, and in the one after.
+        self._first = self._next = torch.zeros(labels, dtype=torch.int64, device=device)
+        self._labels: Tensor | None = None
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
         self._placement = placement
         super().__init__(module, device, GROUPS)
 
-    def set(self, groups: Tensor) -> None:
-        """Take the group of each token, [batch, length], or of all, [1]."""
-        self._shape = tuple(groups.shape) if groups.dim() == 2 else None
+    def set(self, labels: Tensor, label: int | None, first_row: int | None) -> None:
+        """Take the label of each token, [batch, length], or of all, [1]; see `Recorder.set`."""
+        self._shape = tuple(labels.shape) if labels.dim() == 2 else None
+        if self._shards == 1:
+            return self._hold(labels)
+        # Rows are numbered as they come: of a mere label it is not known yet how many.
+        self._labels = labels.to(self.device, copy=True)
+        self._first = self._next.clone()
+        if first_row is not None:
+            self._first[label] = first_row
+
+    @torch.compiler.disable
+    def _deal(self, batch: int, length: int) -> None:
+        labels = self._labels if self._shape else self._labels.expand(batch, length)
+        groups, self._next = shard_groups(labels, self._first, self._shards)
+        self._hold(groups)
+
+    def _hold(self, groups: Tensor) -> None:
         groups = groups.reshape(-1)
         for device, held in self.indices.items():
             if held.tensor is None or held.tensor.shape != groups.shape:
@@ -299,8 +423,8 @@ class _StackGroups(StackRows):
     def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
         if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
             return
-        index = self.indices[self.device].tensor
-        if index is None:
+        given = self.indices[self.device].tensor if self._shards == 1 else self._labels
+        if given is None:
             raise InputError(
                 "the recorder does not know these tokens: call recorder.set(...) before the model"
             )
@@ -309,6 +433,9 @@ class _StackGroups(StackRows):
                 f"the model's input is {[batch, length]} tokens, but recorder.set was given "
                 f"{list(self._shape)}; call it before each forward pass"
             )
+        if self._shards > 1:
+            self._deal(batch, length)
+        index = self.indices[self.device].tensor
         rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
         place = (index.long() + 1).expand(rows)
@@ -334,6 +461,8 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
         raise InputError(
             f"statistics must be some of {', '.join(STATISTICS)}, got {unknown or 'none'}"
         )
+    # Shards add up to the counts.
+    names += ("counts",) if "shard_counts" in names else ()
     return tuple(name for name in STATISTICS if name in names)
 
 

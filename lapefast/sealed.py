@@ -23,7 +23,7 @@ from lapefast.files import existing_file, write_atomically
 __all__ = ["SealedFile"]
 
 _BLANK = "0" * 64
-_DTYPES = {torch.int64: "I64", torch.float64: "F64"}
+_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.float64: "F64"}
 _Content = TypeVar("_Content")
 
 
@@ -49,7 +49,7 @@ class SealedFile:
         tensors: Mapping[str, torch.Tensor],
         about: Mapping[str, Any],
     ) -> None:
-        """Write int64 and float64 tensors in their order; the same content gives the same bytes.
+        """Write int64, int32 and float64 tensors in order; the same content gives the same bytes.
 
         Raises:
             InputError: the file cannot be written; then nothing is.

@@ -25,8 +25,9 @@ from lapefast.cli.profile import profile
 from lapefast.cli.prune import prune
 from lapefast.cli.report import report
 from lapefast.cli.sample import sample
+from lapefast.cli.stability import stability
 from lapefast.cli.sweep import sweep
-from lapefast.errors import InputError
+from lapefast.errors import InputError, RunFailed, RunStopped
 
 __all__ = ["app", "main"]
 
@@ -54,7 +55,13 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except InputError as error:
-            raise _exit(f"error: {error}", _BAD_INPUT) from None
+            # In one of several processes, what the first of them says is said once.
+            message = None if getattr(error, "elsewhere", False) else f"error: {error}"
+            raise _exit(message, _BAD_INPUT) from None
+        except RunFailed as error:
+            raise _exit(f"error: {error}", _UNEXPECTED) from None
+        except RunStopped as error:
+            raise _exit(str(error), 128 + error.signal) from None
         except KeyboardInterrupt:
             raise _exit("interrupted", _INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -73,7 +80,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS = (
-    *(profile, identify, evaluate, prune, categories, generate, sweep, sample, report, export),
+    *(profile, stability, identify, evaluate, prune, categories),
+    *(generate, sweep, sample, report, export),
     *(merge, info, demo, doctor),
 )
 for _command in _COMMANDS:
@@ -92,7 +100,11 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all is well, 2 for bad input, 130 if interrupted."""
+    """Run the command line and exit.
+
+    With 0 if all is well, 2 for bad input, 1 for what was not foreseen, 130 if interrupted, and 128
+    + the signal's number if a run was stopped by one and saved its state.
+    """
     level = os.environ.get("LAPEFAST_LOG") or "WARNING"
     if level.upper() not in _LEVELS:
         typer.echo(
@@ -109,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_INTERRUPTED)
 
 
-def _exit(message: str, code: int) -> typer.Exit:
-    typer.echo(message, err=True)
+def _exit(message: str | None, code: int) -> typer.Exit:
+    if message is not None:
+        typer.echo(message, err=True)
     return typer.Exit(code)

@@ -38,6 +38,7 @@ def _read(path: Path) -> Any:
         CategoryDeactivation,
         PerplexityMatrix,
         SampledLanguages,
+        Stability,
         Sweep,
     )
 
@@ -48,6 +49,7 @@ def _read(path: Path) -> Any:
         "lapefast experts file": Experts.load,
         "lapefast average-precision file": AveragePrecisionNeurons.load,
         "lapefast residual means file": ResidualMeans.load,
+        "lapefast stability": Stability.load,
         "lapefast perplexity matrix": PerplexityMatrix.load,
         "lapefast category deactivation": CategoryDeactivation.load,
         "lapefast sampled languages": SampledLanguages.load,

@@ -58,6 +58,14 @@ class LapeOptions:
             rich_help_panel="LAPE",
         ),
     ] = 0.95
+    over: Annotated[
+        Literal["routed", "all"],
+        typer.Option(
+            help="Of a mixture of experts: probabilities over the tokens routed to the expert, or "
+            "over all.",
+            rich_help_panel="LAPE",
+        ),
+    ] = "routed"
 
 
 @dataclass(frozen=True)

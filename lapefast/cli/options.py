@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MODEL_PANEL = "Model"
-_RUN_PANEL = "Run"
+RUN_PANEL = "Run"
 _TEXT_PANEL = "Text"
 
 Model = Annotated[
@@ -103,7 +103,7 @@ BatchSize = Annotated[
     typer.Option(
         min=1,
         help="Rows per forward pass; by default as many as are fast and fit the memory.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 SeqLen = Annotated[
@@ -111,28 +111,28 @@ SeqLen = Annotated[
     typer.Option(
         min=1,
         help="Tokens per row; by default the model's limit, at most 2048.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=_RUN_PANEL),
+    typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=RUN_PANEL),
 ]
-Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=_RUN_PANEL)]
+Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=RUN_PANEL)]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=_RUN_PANEL),
+    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=RUN_PANEL),
 ]
 WhereEdited = Annotated[
     Literal["all", "prompt", "generated"],
     typer.Option(
         metavar="POSITIONS",
         help="Where edits hold: all, prompt or generated.",
-        rich_help_panel=_RUN_PANEL,
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 NewTokens = Annotated[
-    int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=_RUN_PANEL)
+    int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=RUN_PANEL)
 ]
 Languages = Annotated[
     list[str] | None,
@@ -153,7 +153,7 @@ AnyLanguage = Annotated[
 ]
 GenerationBatch = Annotated[
     int,
-    typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=_RUN_PANEL),
+    typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=RUN_PANEL),
 ]
 
 

@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lapefast.detect import Category, Experts, Sharing
-from lapefast.evaluate import CategoryDeactivation, PerplexityMatrix, SampledLanguages, Sweep
+from lapefast.evaluate import (
+    CategoryDeactivation,
+    PerplexityMatrix,
+    SampledLanguages,
+    Stability,
+    Sweep,
+)
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
@@ -35,6 +41,7 @@ def show(content: Any) -> None:
         (PerplexityMatrix, _show_matrix),
         (SampledLanguages, _show_sampled),
         (CategoryDeactivation, _show_deactivation),
+        (Stability, _show_stability),
         (Sharing, _show_sharing),
         (Experts, _show_experts),
     ):
@@ -136,6 +143,28 @@ def _show_matrix(matrix: PerplexityMatrix) -> None:
     console.print(table)
 
 
+def _show_stability(found: Stability) -> None:
+    console.print(
+        "Overlap (Jaccard) of each label's neurons with those that far more text would select;\n"
+        "at least: what it reaches in 9 of 10 cases or more."
+    )
+    table = _table("label", "tokens", "expected", "at least", "neurons")
+    counts = list(found.tokens.unbind())
+    for place, tokens in enumerate(counts):
+        table.add_section()
+        last = place == len(counts) - 1
+        for column, label in enumerate(found.labels):
+            table.add_row(
+                label,
+                f"{int(tokens[column]):,}",
+                f"{float(found.expected[place, column]):.3f}",
+                f"{float(found.interval[place, column, 0]):.3f}",
+                f"{int(found.neurons[column]):,}" if last else "",
+                style="bold" if last else None,
+            )
+    console.print(table)
+
+
 def _show_pairs(pairs: list[PairSummary]) -> None:
     random = any(pair.random for pair in pairs)
     shifted = any(pair.diffmean for pair in pairs)
@@ -198,7 +227,7 @@ def _table(first: str, *numbers: str) -> Table:
 
 
 def _neurons(profile: Profile) -> int:
-    return sum(site.width for site in profile.site_info)
+    return sum(site.neurons for site in profile.site_info)
 
 
 def _share(profile: Profile, label: str) -> str:

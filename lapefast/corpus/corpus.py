@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
@@ -12,10 +13,19 @@ import numpy as np
 import torch
 
 from lapefast.corpus.background import Ahead
-from lapefast.corpus.packing import CorpusReport, count_tokens, pack, refuse_foreign_ids
+from lapefast.corpus.packing import (
+    CorpusReport,
+    Stream,
+    count_tokens,
+    first_tokens,
+    identity_of,
+    pack,
+    refuse_foreign_ids,
+)
 from lapefast.corpus.reading import DOCUMENTS
 from lapefast.corpus.sources import ArraySource, OnceSource, find_source
-from lapefast.corpus.tokens import Tokenisation
+from lapefast.corpus.token_cache import TokenCache, enough, tokenizer_signature
+from lapefast.corpus.tokens import Tokenisation, Tokens
 from lapefast.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +66,9 @@ class Corpus:
         tokenizer, `input_ids` is read as token ids.
     special_tokens: whether the tokenizer adds its special tokens to each document.
     vocab_size: the model's; ids outside it are refused. None refuses negative ids only.
+    token_cache: a directory that keeps the token ids of files and saved data sets, under all that
+        they depend on: the files' paths, sizes and times, the tokenizer and how text is read. What
+        is there is read instead of the text. Other sources are read as they are.
 
     Raises InputError if the source is missing, empty or not understood, and, while it is read, for
     what is found there.
@@ -71,6 +84,7 @@ class Corpus:
         field: str = "text",
         special_tokens: bool = True,
         vocab_size: int | None = None,
+        token_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_label(label)
         if document not in DOCUMENTS:
@@ -87,6 +101,19 @@ class Corpus:
         self.empty = 0
         with _naming(label):
             self._source = find_source(source, document, field, prefer_ids=tokenizer is None)
+            signature = self._source.signature
+            self._cache: TokenCache | None = None
+            if token_cache is not None and signature is not None:
+                self._cache = TokenCache(
+                    token_cache,
+                    {
+                        "source": signature,
+                        "document": document,
+                        "field": field,
+                        "special_tokens": special_tokens,
+                        "tokenizer": tokenizer_signature(tokenizer),
+                    },
+                )
 
     @property
     def name(self) -> str:
@@ -140,12 +167,36 @@ class Corpus:
                 raise InputError(f"start must be a row, 0 or more, got {start}")
             if max_tokens is not None and not isinstance(max_tokens, Integral):
                 raise InputError(f"max_tokens must be an integer, got {max_tokens!r}")
-            max_rows = None if max_tokens is None else max_tokens // seq_len
-            if max_rows is not None and max_rows < 1:
-                raise InputError(f"max_tokens={max_tokens} is less than one row of {seq_len}")
+            max_rows = _max_rows(seq_len, max_tokens)
         self._report = None
         empty = CorpusReport(self.label, self.name, "", seq_len, (start, start), 0, 0, 0, False)
         return Rows(self, self._made(empty, max_rows), max_rows)
+
+    def fill_cache(self, seq_len: int | None = None, max_tokens: int | None = None) -> None:
+        """Reads as much of the corpus as `rows` would into the token cache, if it can be kept.
+
+        Raises InputError for bad arguments, for the corpus, and where the cache cannot be written.
+        """
+        if self._cache is None:
+            return
+        with _naming(self.label):
+            seq_len = self._seq_len(seq_len)
+            max_rows = _max_rows(seq_len, max_tokens)
+            needed = None if max_rows is None else max_rows * seq_len
+            if self._cache.find(needed) is None:
+                read = 0
+                for tokens in self._tokens(needed):
+                    read += len(tokens.ids)
+                    if needed is not None and read >= enough(needed):
+                        break
+
+    def identity(self) -> str:
+        """What `CorpusReport.identity` will be. An iterator is none the shorter for it."""
+        with _naming(self.label):
+            source = self._source
+            pieces = source.peek() if isinstance(source, OnceSource) else source.pieces()
+            tokens = self._tokenisation(batch=_CHECK_DOCUMENTS).tokens(pieces)
+            return identity_of(first_tokens(tokens)[0])
 
     def documents(self) -> Iterator[torch.Tensor]:
         """The token ids of each document, whole, int64 [n]. Raises InputError while it is read.
@@ -176,8 +227,24 @@ class Corpus:
         self, report: CorpusReport, max_rows: int | None
     ) -> Generator[tuple[torch.Tensor | None, CorpusReport], None, None]:
         with _naming(self.label):
-            tokens = self._tokenisation().tokens(self._source.pieces())
-            yield from pack(tokens, report, max_rows, self._vocab_size)
+            seq_len, (first, _) = report.seq_len, report.rows
+            needed = None if max_rows is None else max_rows * seq_len
+            cached = self._cache.find(needed) if self._cache else None
+            if cached is not None:
+                stream = Stream(
+                    cached.tokens(first * seq_len),
+                    first,
+                    *cached.before(first * seq_len),
+                    identity_of(cached.ids),
+                )
+            else:
+                stream = Stream(self._tokens(needed))
+            yield from pack(stream, report, max_rows, self._vocab_size)
+
+    def _tokens(self, needed: int | None) -> Iterator[Tokens]:
+        """The whole stream from the text, kept in the cache if there is one."""
+        tokens = self._tokenisation().tokens(self._source.pieces())
+        return self._cache.written(tokens, needed) if self._cache else tokens
 
     def _tokenisation(self, **options: int) -> Tokenisation:
         return Tokenisation(self._tokenizer, self._special_tokens, **options)
@@ -302,6 +369,14 @@ def parse_corpus_arguments(arguments: Iterable[str]) -> dict[str, str]:
             )
         corpora[label] = source
     return corpora
+
+
+def _max_rows(seq_len: int, max_tokens: int | None) -> int | None:
+    if max_tokens is None:
+        return None
+    if max_tokens // seq_len < 1:
+        raise InputError(f"max_tokens={max_tokens} is less than one row of {seq_len}")
+    return max_tokens // seq_len
 
 
 def _check_label(label: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,19 @@ import torch
 from lapefast.corpus.tokens import Tokens
 from lapefast.errors import InputError
 
-__all__ = ["CorpusReport", "count_tokens", "pack", "refuse_foreign_ids"]
+__all__ = [
+    "IDENTITY_TOKENS",
+    "CorpusReport",
+    "Stream",
+    "count_tokens",
+    "first_tokens",
+    "identity_of",
+    "pack",
+    "refuse_foreign_ids",
+]
 
 _CHUNK_TOKENS = 1 << 16
-_IDENTITY_TOKENS = 4096
+IDENTITY_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,25 @@ class CorpusReport:
         return {**asdict(self), "rows": list(self.rows)}
 
 
+class Stream(NamedTuple):
+    """Token ids from the beginning of a row of the source on.
+
+    tokens: the ids.
+    row: the row that they begin with.
+    documents: those that begin before it.
+    empty: texts before it that were left out.
+    identity: the source's, where known; a stream without it begins with row 0.
+    """
+
+    tokens: Iterator[Tokens]
+    row: int = 0
+    documents: int = 0
+    empty: int = 0
+    identity: str | None = None
+
+
 def pack(
-    stream: Iterator[Tokens],
+    stream: Stream,
     report: CorpusReport,
     max_rows: int | None,
     vocab_size: int | None,
@@ -69,14 +95,20 @@ def pack(
     outside the vocabulary and for a source that does not fill one row.
     """
     seq_len, first = report.seq_len, report.rows[0]
-    identity, stream = _identity(stream)
+    tokens, done, documents, empty, identity = stream
+    if identity is None:
+        beginning, tokens = first_tokens(tokens)
+        identity = identity_of(beginning)
     report = replace(report, identity=identity)
     step = max(1, _CHUNK_TOKENS // seq_len)
     parts: list[np.ndarray] = []
     # Of the documents, and of texts left out, those at or after row `done`.
     starts = blanks = np.empty(0, dtype=np.int64)
-    held = done = documents = empty = 0
-    for batch in stream:
+    held = 0
+    if done == max_rows:
+        yield None, replace(report, documents=documents, capped=True, empty=empty)
+        return
+    for batch in tokens:
         place = done * seq_len + held
         starts = np.concatenate([starts, batch.starts + place])
         blanks = np.concatenate([blanks, batch.empty + place])
@@ -109,12 +141,15 @@ def pack(
         parts = [ids[ready * seq_len :].copy()]
         held = len(parts[0])
         if done == max_rows:
-            yield None, replace(report, capped=True)
+            yield None, replace(report, documents=documents, capped=True, empty=empty)
             return
     documents += len(starts)
     if not done:
         raise _too_few(documents, held, seq_len)
-    refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
+    if done < first:
+        raise InputError(f"there are only {done} rows of {seq_len} in it, not {first} or more")
+    if held:
+        refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
     empty += len(blanks)
     yield None, replace(report, documents=documents, dropped=held, empty=empty)
 
@@ -144,17 +179,22 @@ def refuse_foreign_ids(ids: np.ndarray, vocab_size: int | None, position: int) -
     raise InputError(f"token id {int(ids[at])} (token {position + at}) is outside {limit}")
 
 
-def _identity(stream: Iterator[Tokens]) -> tuple[str, Iterator[Tokens]]:
+def identity_of(ids: np.ndarray) -> str:
+    """The identity of a source that begins with these token ids."""
+    return hashlib.sha256(ids[:IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
+
+
+def first_tokens(stream: Iterator[Tokens]) -> tuple[np.ndarray, Iterator[Tokens]]:
+    """The ids that make a source's identity, or a few more, and the whole stream anew."""
     head: list[Tokens] = []
     length = 0
     for batch in stream:
         head.append(batch)
         length += len(batch.ids)
-        if length >= _IDENTITY_TOKENS:
+        if length >= IDENTITY_TOKENS:
             break
     ids = np.concatenate([batch.ids for batch in head]) if head else np.empty(0, dtype=np.int64)
-    digest = hashlib.sha256(ids[:_IDENTITY_TOKENS].astype("<i8").tobytes()).hexdigest()
-    return digest, chain(head, stream)
+    return ids, chain(head, stream)
 
 
 def _too_few(documents: int, tokens: int, needed: int) -> InputError:

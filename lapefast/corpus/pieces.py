@@ -47,6 +47,7 @@ class Source(Protocol):
     row_length: int | None
     position: int
     total: int | None
+    signature: Any
 
     def pieces(self) -> Iterator[Piece]: ...
 

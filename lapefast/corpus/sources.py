@@ -77,6 +77,7 @@ class ArraySource:
         if 0 in shape:
             raise InputError(f"{self.name}: there are no token ids in it")
         self.array = array
+        self.signature = None
         self.row_length = shape[1] if len(shape) == 2 else None
         self.position, self.total = 0, shape[0]
 
@@ -96,10 +97,15 @@ class FileSource:
 
     def __init__(self, paths: list[str], document: str, field: str, prefer_ids: bool) -> None:
         try:
-            self.sizes = [os.stat(path).st_size for path in paths]
+            found = [os.stat(path) for path in paths]
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
         self.paths = paths
+        self.sizes = [one.st_size for one in found]
+        self.signature = [
+            [os.path.realpath(path), one.st_size, one.st_mtime_ns]
+            for path, one in zip(paths, found, strict=True)
+        ]
         self.arguments = (document, field, prefer_ids)
         self.name = os.path.basename(paths[0])
         if len(paths) > 1:
@@ -121,6 +127,7 @@ class ItemSource:
     """Texts, token ids, or examples that hold either, from anything that can be iterated."""
 
     row_length: int | None = None
+    signature: Any = None
 
     def __init__(
         self,
@@ -149,6 +156,7 @@ class OnceSource:
     """A source that can be read only once. What `peek` reads is kept for `pieces`."""
 
     row_length = None
+    signature = None
 
     def __init__(self, source: Source) -> None:
         self.name, self.total = source.name, source.total
@@ -215,6 +223,7 @@ def _data_set_source(data_set: Any, name: str, field: str, prefer_ids: bool) -> 
     iterate, total, row_length = data_sets.column(data_set, name, field, prefer_ids)
     source = ItemSource(iterate, name, total, field, prefer_ids)
     source.row_length = row_length
+    source.signature = getattr(data_set, "_fingerprint", None)
     return source
 
 

@@ -12,7 +12,7 @@ import torch
 from lapefast.errors import InputError
 from lapefast.neurons.layout import Key, Layout
 from lapefast.neurons.sets import NeuronSets
-from lapefast.profiles import Profile
+from lapefast.profiles import Over, Profile
 
 __all__ = ["Criteria", "criteria", "lape"]
 
@@ -25,6 +25,7 @@ def lape(
     filter_rate: float = 0.95,
     activation_bar_ratio: float = 0.95,
     form: Literal["paper", "released"] = "paper",
+    over: Over = "routed",
 ) -> NeuronSets:
     """The neurons that are active for few labels only.
 
@@ -44,6 +45,8 @@ def lape(
         form: "paper" computes in float64 and breaks ties by (entropy, layer, index). "released"
             follows the released code: float32, in which counts above 2^24 are rounded and ties
             arise, and ties as `torch.topk` leaves them.
+        over: of a mixture of experts, whether p is a share of the tokens "routed" to the neuron's
+            expert (0 where there are none), or of "all" the label's tokens.
 
     Returns:
         Sets for every label of the profile, in its order, empty ones included. Where fewer
@@ -52,14 +55,14 @@ def lape(
 
     Raises:
         InputError: fewer than two labels, a label without tokens, no counts, a rate out of range,
-            or an unknown form.
+            or an unknown form or over.
     """
     rates = {
         "top_rate": top_rate,
         "filter_rate": filter_rate,
         "activation_bar_ratio": activation_bar_ratio,
     }
-    probabilities, least, bar, qualifies, chosen = _select(profile, form, **rates)
+    probabilities, least, bar, qualifies, chosen = _select(profile, form, over=over, **rates)
     belongs = probabilities[:, chosen] > bar
 
     notes = []
@@ -70,7 +73,8 @@ def lape(
             f"often enough for some label (filter_rate {filter_rate})"
         )
         logger.warning("LAPE: %s", notes[0])
-    metadata = {"method": "lape", "parameters": {"form": form, **rates}, "notes": notes}
+    parameters = {"form": form, **rates} | ({"over": over} if profile.routed else {})
+    metadata = {"method": "lape", "parameters": parameters, "notes": notes}
     neurons = {
         label: _by_site(chosen[row], profile)
         for label, row in zip(profile.labels, belongs, strict=True)
@@ -105,6 +109,7 @@ def criteria(
     filter_rate: float = 0.95,
     activation_bar_ratio: float = 0.95,
     form: Literal["paper", "released"] = "paper",
+    over: Over = "routed",
 ) -> Criteria:
     """The distributions and thresholds by which `lape` decides, given the same arguments.
 
@@ -112,7 +117,7 @@ def criteria(
         InputError: see `lape`.
     """
     probabilities, least, bar, qualifies, chosen = _select(
-        profile, form, top_rate, filter_rate, activation_bar_ratio
+        profile, form, top_rate, filter_rate, activation_bar_ratio, over
     )
     values = probabilities.numpy()
     active = (values > 0).any(axis=0)
@@ -130,6 +135,7 @@ def _select(
     top_rate: float,
     filter_rate: float,
     activation_bar_ratio: float,
+    over: Over,
 ) -> tuple[torch.Tensor, float, float, torch.Tensor, torch.Tensor]:
     """Probabilities, v, bar, which neurons qualify, and the sorted flat indices of those chosen."""
     if len(profile.labels) < 2:
@@ -149,7 +155,7 @@ def _select(
         raise InputError(f"form must be 'paper' or 'released', got {form!r}")
 
     dtype = torch.float64 if form == "paper" else torch.float32
-    probabilities = _probabilities(profile, dtype)
+    probabilities = _probabilities(profile, dtype, over)
     least = _kth_smallest(probabilities, filter_rate, "filter_rate")
     bar = least
     if activation_bar_ratio != filter_rate:
@@ -164,10 +170,10 @@ def _asked(top_rate: float, probabilities: torch.Tensor) -> int:
     return round(top_rate * probabilities.shape[1])
 
 
-def _probabilities(profile: Profile, dtype: torch.dtype) -> torch.Tensor:
+def _probabilities(profile: Profile, dtype: torch.dtype, over: Over) -> torch.Tensor:
     """[labels, neurons of all sites in order]; the counts are converted first, then divided."""
     counts = profile.counts
-    widths = [site.width for site in profile.site_info]
+    widths = [site.neurons for site in profile.site_info]
     probabilities = torch.empty(len(profile.labels), sum(widths), dtype=dtype)
     # Filled in place: joining a copy of each site takes several times longer.
     for site, part in zip(profile.sites, probabilities.split(widths, dim=1), strict=True):
@@ -175,7 +181,9 @@ def _probabilities(profile: Profile, dtype: torch.dtype) -> torch.Tensor:
         if not tokens.all():
             label = profile.labels[int((tokens == 0).nonzero()[0])]
             raise InputError(f"the profile has no tokens of label {label!r}; add some text of it")
-        part.copy_(counts[site]).div_(tokens.to(dtype)[:, None])
+        # An expert that no token reached was active at none of them: 0 / 1.
+        seen = profile.seen_tokens(site, over).clamp(min=1)[..., None]
+        part.unflatten(1, counts[site].shape[1:]).copy_(counts[site]).div_(seen.to(dtype))
     return probabilities
 
 
@@ -241,7 +249,7 @@ def _lowest_as_released(
 
 def _by_site(neurons: torch.Tensor, profile: Profile) -> dict[Key, torch.Tensor]:
     """Flat, sorted indices as indices within each site."""
-    widths = [site.width for site in profile.site_info]
+    widths = [site.neurons for site in profile.site_info]
     ends = torch.tensor(widths).cumsum(0)
     counts = torch.searchsorted(neurons, ends).diff(prepend=torch.tensor([0]))
     parts = neurons.split(counts.tolist())
@@ -254,7 +262,12 @@ def _by_site(neurons: torch.Tensor, profile: Profile) -> dict[Key, torch.Tensor]
 
 
 def _layout(profile: Profile) -> Layout:
-    widths = [site.width for site in profile.site_info]
+    widths = [site.neurons for site in profile.site_info]
     sites = tuple(range(len(widths))) if profile.positional else tuple(profile.sites)
     named = dict(zip(sites, widths, strict=True))
-    return Layout(sites, named, profile.fingerprint, profile.metadata.get("model"))
+    experts = {
+        name: site.experts
+        for name, site in zip(sites, profile.site_info, strict=True)
+        if site.experts
+    }
+    return Layout(sites, named, profile.fingerprint, profile.metadata.get("model"), experts)

@@ -218,7 +218,7 @@ def _shuffled(found: NeuronSet, values: Mapping[str, Any], generator: torch.Gene
     drawn = random_like(found, generator)
     tables = {}
     for site, indices in drawn.items():
-        own = torch.as_tensor(values[site])[found[site]]
+        own = torch.as_tensor(values[site]).flatten()[found[site]]
         table = torch.zeros(found.widths[site], dtype=own.dtype)
         table[indices] = own[torch.randperm(len(own), generator=generator)]
         tables[site] = table

@@ -40,9 +40,15 @@ def edits(
             f"scale or add, got {edits!r:.80}"
         )
     bound = {name: edit.bind(model) for name, edit in edits.items()}
-    ffns = {site.name for site in find_sites(model)}
+    sites = find_sites(model)
+    mixtures = {site.name for site in sites if site.experts}
     for name, edit in bound.items():
-        others = edit.tables.keys() - ffns
+        if mixtures & edit.tables.keys():
+            raise InputError(
+                f"the edit {name} is also of {min(mixtures & edit.tables.keys())}, a mixture of "
+                "experts, whose neurons servers do not edit; use lf.steer"
+            )
+        others = edit.tables.keys() - {site.name for site in sites}
         if others:
             raise InputError(
                 f"the edit {name} is also of {min(others)}, a linear layer's outputs, but servers "

@@ -22,10 +22,13 @@ def fingerprint(model: nn.Module) -> str:
     versions.
     """
     digest = hashlib.sha256()
-    for ffn in find_ffns(model):
+    for ffn in find_ffns(model, mixtures=True):
         site = ffn.site
-        digest.update(f"{site.name}|{site.width}|{site.activation}\n".encode())
+        width = "x".join(map(str, site.shape))
+        digest.update(f"{site.name}|{width}|{site.activation}\n".encode())
         for name, parameter in ffn.last.named_parameters():
+            if site.experts and not name.startswith("down_proj"):
+                continue
             digest.update(name.removeprefix("base_layer.").encode())
             digest.update(_sample(_on_hand(ffn.last, name, parameter)))
     return digest.hexdigest()

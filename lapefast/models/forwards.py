@@ -45,20 +45,43 @@ def read_forward(module: nn.Module) -> GatedForward | None:
     return form if all(module._modules.get(name) is not None for name in names) else None
 
 
+def has_limited_swish(experts: nn.Module) -> bool:
+    """Whether experts gate exactly as gpt-oss's do, whose activation is no module.
+
+    gate and up interleaved and clamped, ``(up + 1) * (gate * sigmoid(alpha * gate))``, where the
+    right-hand factor is the activation.
+    """
+    expression = _read_function(type(experts)._apply_gate)
+    return expression is not None and ast.unparse(expression) == _LIMITED_SWISH
+
+
+_GATE = "x[..., ::2].clamp(min=None, max=self.limit)"
+_LIMITED_SWISH = (
+    "(x[..., 1::2].clamp(min=-self.limit, max=self.limit) + 1) * "
+    f"({_GATE} * global torch.sigmoid({_GATE} * self.alpha))"
+)
+
+
 @functools.cache
 def _read_class(cls: type) -> GatedForward | None:
-    forward = cls.forward
-    if not inspect.isfunction(forward) or cls.__call__ is not nn.Module.__call__:
+    if cls.__call__ is not nn.Module.__call__:
+        return None
+    expression = _read_function(cls.forward)
+    return None if expression is None else _match(expression)
+
+
+def _read_function(function: object) -> ast.expr | None:
+    """What a method returns as one expression; None where that can't be read."""
+    if not inspect.isfunction(function):
         return None
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None
-    expression = _single_expression(definition)
-    return None if expression is None else _match(expression)
+    return _single_expression(definition)
 
 
 def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
@@ -89,7 +112,11 @@ def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
             ):
                 whole = _substitute(value, values)
                 for index, name in enumerate(names):
-                    values[name.id] = ast.Subscript(whole, ast.Constant(index))
+                    values[name.id] = (
+                        whole.elts[index]
+                        if isinstance(whole, ast.Tuple)
+                        else ast.Subscript(whole, ast.Constant(index))
+                    )
             case ast.Return(value=ast.expr() as value):
                 return _substitute(value, values) if statement is definition.body[-1] else None
             case _:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lapefast.errors import InputError
 
-__all__ = ["token_groups"]
+__all__ = ["shard_groups", "token_groups"]
 
 
 def token_groups(
@@ -48,6 +48,27 @@ def token_groups(
             "mask and groups"
         )
     return {name: _indices(labels, label, *pair) for name, pair in given.items()}
+
+
+def shard_groups(groups: Tensor, first: Tensor, shards: int) -> tuple[Tensor, Tensor]:
+    """The groups of tokens whose labels' rows are dealt to shards in turn, and where to go on.
+
+    Args:
+        groups: [batch, length], integers; each token's label, or -1.
+        first: int64 [labels], the number of each label's first row here. A row that holds tokens
+            of several labels is a row of each; one without a token of a label is none of its.
+        shards: how many; row r goes to shard r % shards.
+
+    Returns:
+        int32 [batch, length], label * shards + shard or -1; and ``first`` of the batch after.
+    """
+    place = groups.long() + 1  # the first place is for -1
+    holds = first.new_zeros(len(groups), len(first) + 1).scatter_(1, place, 1)
+    holds[:, 0] = 0
+    rows = torch.nn.functional.pad(first, (1, 0)) + holds.cumsum(0)
+    shard = ((rows - holds) % shards).gather(1, place)
+    index = torch.where(groups >= 0, groups * shards + shard, -1)
+    return index.to(torch.int32), first + holds.sum(0)[1:]
 
 
 def _indices(

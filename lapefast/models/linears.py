@@ -36,12 +36,12 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def known_sites(model: nn.Module, named: Iterable[str | int]) -> dict[str, int]:
-    """Site -> width: of the model's FFNs, and of those of its linear layers that are ``named``.
+    """Site -> how many neurons, of the model's FFNs and of those linear layers that are ``named``.
 
     Raises:
         InputError: see `lapefast.models.find_sites`.
     """
-    found = {site.name: site.width for site in find_sites(model)}
+    found = {site.name: site.neurons for site in find_sites(model)}
     others = {name for name in named if isinstance(name, str)} - found.keys()
     if others:
         layers = find_linears(model)

@@ -19,6 +19,7 @@ from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.proof import prove
+from lapefast.models.routing import Routing
 from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
 from lapefast.models.traces import SITE, Replaced
@@ -35,6 +36,8 @@ class SiteStatistics:
     sums: Tensor | None = None
     square_sums: Tensor | None = None
     up_abs_sums: Tensor | None = None
+    routed: Tensor | None = None
+    """In a mixture: counted rows per group, int64 [groups]. Groups are labels * experts there."""
     backend: str = "auto"
     exact: bool = True
     last: bool = False
@@ -42,14 +45,22 @@ class SiteStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> statistic, of those asked for."""
-        named = ("counts", "sums", "square_sums", "up_abs_sums")
+        named = ("counts", "sums", "square_sums", "up_abs_sums", "routed")
         return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+
+    def by_group(self, groups: int) -> dict[str, Tensor]:
+        """The same as views [groups, ...] of tokens; in a mixture [groups, experts, ...]."""
+        return {
+            name: tensor if self.routed is None else tensor.unflatten(0, (groups, -1))
+            for name, tensor in self.tensors().items()
+        }
 
     def scratch(self, groups: Tensor) -> SiteStatistics:
         """The same with zeros of its own, for a probe, whose tokens are of one group."""
-        zeros = {name: torch.zeros_like(tensor[:1]) for name, tensor in self.tensors().items()}
+        few = self.groups.experts
+        zeros = {name: torch.zeros_like(tensor[:few]) for name, tensor in self.tensors().items()}
         flags = torch.zeros_like(self.flags)
-        return replace(self, groups=RowIndex(groups.to(flags.device)), flags=flags, **zeros)
+        return replace(self, groups=self.groups.over(groups.to(flags.device)), flags=flags, **zeros)
 
     def muted(self) -> SiteStatistics:
         """The same without anything to add to."""
@@ -85,6 +96,7 @@ class SiteState:
         self.fused: frozenset[torch.dtype] = frozenset()
         self.left = False  # whether a placement that ended could not take this out
         self.foreign = False  # whether somebody else replaced the activation's forward
+        self.routing: Routing | None = None  # in a mixture: says whose rows come
 
     @property
     def active(self) -> bool:
@@ -110,8 +122,9 @@ class SiteState:
         return [role for role in (self.statistics, self.edits) if role is not None]
 
     def original(self, module: nn.Module) -> Any:
-        """The forward that was there before."""
-        return self.replaced.before or type(module).forward.__get__(module)
+        """The forward, or method, that was there before."""
+        before = self.replaced.before
+        return before or getattr(type(module), self.replaced.attribute).__get__(module)
 
     def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
         """`activation(gate) * up`, counted and edited."""
@@ -120,7 +133,7 @@ class SiteState:
     def product_of(self, gate: Tensor, kernel: str, writable: bool, up: Tensor) -> Tensor:
         """The same of what the kernel reads, as which activation, which it may write over."""
         if up.dtype is not gate.dtype or up.shape != gate.shape:
-            return self._activation(gate, kernel) * up
+            return self.activation_of(gate, kernel) * up
         if self.statistics is None:
             return self._edit(gate, up, kernel)
         if self.edits is not None:
@@ -134,13 +147,21 @@ class SiteState:
             return gate
         return _profile(ops.profile, gate, up, kernel, statistics)
 
+    def count_routed(self) -> None:
+        """Count the rows that come, by their group."""
+        statistics = self._counting()
+        if statistics is not None and statistics.routed is not None:
+            groups = statistics.groups.tensor
+            statistics.routed.index_add_(0, groups.clamp(min=0).long(), (groups >= 0).long())
+
     def activated(self, module: nn.Module, given: tuple, options: dict) -> Tensor:
         """The activation module's output, counted and edited; the product is the model's own."""
         if len(given) == 1 and not options and given[0].dtype in self.fused:
-            return self._activation(given[0], self.kernel)
-        return self._activation(self.original(module)(*given, **options), "identity")
+            return self.activation_of(given[0], self.kernel)
+        return self.activation_of(self.original(module)(*given, **options), "identity")
 
-    def _activation(self, gate: Tensor, kernel: str) -> Tensor:
+    def activation_of(self, gate: Tensor, kernel: str) -> Tensor:
+        """The activation of what the kernel reads, counted and edited."""
         if self.edits is not None:
             return self.observe(self._edit(gate, None, kernel))
         if kernel == "identity":
@@ -276,6 +297,43 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
         return prove(state, self, run, given, options)
     try:
         return state.activated(self, given, options)
+    except InputError as error:
+        raise _named(state, error) from error
+
+
+def expert_activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
+    """The same of the activation module that all experts of a mixture call."""
+    state: SiteState = self.__dict__[SITE]
+    if not state.active:
+        return state.original(self)(*given, **options)
+    if len(given) != 1 or options:
+        raise InputError(
+            f"{state.name} gives its activation module more than the gate, so what that returns is "
+            "not the activation; lapefast can't handle this model"
+        )
+    if state.routing.see is not None:
+        return state.routing.see(state.original(self)(*given))
+    state.routing.advance()
+    try:
+        return state.activated(self, given, options)
+    except InputError as error:
+        raise _named(state, error) from error
+
+
+def limited_swish_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
+    """The gate of experts whose activation is no module; see `forwards.has_limited_swish`."""
+    state: SiteState = self.__dict__[SITE]
+    if not state.active:
+        return state.original(self)(gate_up)
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    gate = gate.clamp(min=None, max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    activation = gate * torch.sigmoid(gate * self.alpha)
+    if state.routing.see is not None:
+        return (up + 1) * state.routing.see(activation)
+    state.routing.advance()
+    try:
+        return (up + 1) * state.activation_of(activation, "identity")
     except InputError as error:
         raise _named(state, error) from error
 

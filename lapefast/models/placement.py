@@ -16,7 +16,14 @@ from torch import nn
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import forward_inputs, probe_ids
-from lapefast.models.placed import SiteState, activation_forward, gated_forward
+from lapefast.models.placed import (
+    SiteState,
+    activation_forward,
+    expert_activation_forward,
+    gated_forward,
+    limited_swish_gate,
+)
+from lapefast.models.routing import Routing
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
 from lapefast.models.traces import PLACEMENT, SITE, Replaced, clear, leave
@@ -30,7 +37,7 @@ class Placement:
 
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
-        self.ffns = find_ffns(model)
+        self.ffns = find_ffns(model, mixtures=True)
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
         self.probing = False
@@ -72,6 +79,8 @@ class Placement:
             set_role(ffn, state)
             state.choose_kernel(ffn.activation, device_of(ffn))
             state.proven = not state.active
+            if state.routing is not None:
+                state.routing.restart()
 
     def release(self, role: str, attribute: str, holder: object) -> None:
         """Take a role out, if ``holder`` has it; with the last one, put back every forward.
@@ -165,6 +174,12 @@ class Placement:
             for ffn in self.ffns
         }
 
+    def experts_implementation(self) -> str | None:
+        """See `lapefast.recording.Recorder.experts_implementation`."""
+        routings = [state.routing for state in self.states.values() if state.routing is not None]
+        ran = {name for one in routings for name in one.implementations}
+        return "+".join(sorted(ran or {one.implementation for one in routings})) or None
+
     def dtype(self) -> str:
         """The dtypes of the FFNs' weights, such as ``bfloat16``, joined where they differ."""
         return "+".join(sorted({str(dtype_of(ffn)).removeprefix("torch.") for ffn in self.ffns}))
@@ -178,7 +193,12 @@ class Placement:
                     "the model or what somebody else's forward covers; remove that first"
                 )
         foreign = _own_forward(ffn.activation)
-        if ffn.forward and not _own_forward(ffn.owner):
+        attribute = "forward"
+        if ffn.site.experts and ffn.activation is ffn.owner:
+            target, forward, attribute = ffn.owner, limited_swish_gate, "_apply_gate"
+        elif ffn.site.experts:
+            target, forward = ffn.activation, expert_activation_forward
+        elif ffn.forward and not _own_forward(ffn.owner):
             target, forward = ffn.owner, gated_forward
         elif sum(other.activation is ffn.activation for other in self.ffns) > 1:
             raise InputError(
@@ -190,7 +210,8 @@ class Placement:
             ffn = replace(ffn, forward=None)
             target, forward = ffn.activation, activation_forward
         # Under accelerate's hooks the module's own forward waits behind this name.
-        attribute = "_old_forward" if "_old_forward" in target.__dict__ else "forward"
+        if attribute == "forward" and "_old_forward" in target.__dict__:
+            attribute = "_old_forward"
         replaced = Replaced(
             attribute, target.__dict__.get(attribute), types.MethodType(forward, target)
         )
@@ -199,11 +220,15 @@ class Placement:
         self._placed.append((target, state))
         leave(target, SITE, state)
         target.__dict__[attribute] = replaced.placed
+        if ffn.site.experts:
+            state.routing = Routing(ffn.owner, state, ffn.site.experts)
 
     def _restore(self) -> None:
         clear(self.bare, PLACEMENT)
         covered = []
         for module, state in self._placed:
+            if state.routing is not None:
+                state.routing.remove()
             if state.replaced.undo(module.__dict__):
                 clear(module, SITE)
             elif SITE in module.__dict__:

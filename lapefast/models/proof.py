@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,21 +45,133 @@ def prove(
         if statistics is not None:
             statistics.last = last
     if not _agree(expected, actual.detach(), state.exact):
-        raise InputError(
-            f"{state.name}: the placed forward differs from {type(module).__name__}'s own on the "
-            "same input; please report the model"
-        )
+        raise _differs(state, type(module).__name__)
     if before is not None and state.exact:
-        active = activation.reshape(-1, state.width).float() > torch.tensor(
-            statistics.threshold, dtype=torch.float32, device=activation.device
-        )
+        active = _active(activation.reshape(-1, state.width), statistics)
         if not torch.equal(statistics.counts - before, _counted(active, statistics)):
-            raise InputError(
-                f"{state.name}: the placed counts differ from those of {type(module).__name__}'s "
-                "own activations; please report the model"
-            )
+            raise _miscounts(state, type(module).__name__)
     state.proven = True
     return actual
+
+
+class MixtureProof:
+    """The same of a mixture, whose own forward runs before the placed one.
+
+    Raises:
+        InputError: here or in `check`, naming the site, where they do not agree, or rows are not
+            of the experts and tokens that they were taken for.
+    """
+
+    def __init__(
+        self,
+        state: SiteState,
+        module: nn.Module,
+        given: tuple[Tensor, ...],
+        rows: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        self._state, self._class = state, type(module).__name__
+        statistics = state.statistics
+        counts = None if statistics is None else statistics.counts
+        self._before = None if counts is None else counts.clone()
+        self._counted = None if counts is None else torch.zeros_like(counts)
+        seen: list[Tensor] = []
+
+        def see(activation: Tensor) -> Tensor:
+            if len(seen) == len(rows) or activation.shape != (len(rows[len(seen)][0]), state.width):
+                raise InputError(
+                    f"{state.name} applied its gate to rows {list(activation.shape)} that were not "
+                    "routed so"
+                )
+            state.routing.route(*rows[len(seen)])
+            seen.append(activation)
+            edited = _edited(state, activation)
+            if self._counted is not None:
+                self._counted += _counted(_active(edited, statistics), statistics)
+            return edited
+
+        self._expected = _watched(state, module, given, see)
+        if len(seen) == len(rows):
+            _check_owners(state, module, given, rows, seen)
+
+    def check(self, output: Tensor) -> None:
+        """Compare what the placed forward returned and counted."""
+        if not _agree(self._expected, output.detach(), self._state.exact):
+            raise _differs(self._state, self._class)
+        if self._before is not None and self._state.exact:
+            if not torch.equal(self._state.statistics.counts - self._before, self._counted):
+                raise _miscounts(self._state, self._class)
+
+
+_SOME = 4  # tokens whose rows are looked at one by one: each costs a forward per chosen expert
+
+
+def _check_owners(
+    state: SiteState,
+    module: nn.Module,
+    given: tuple[Tensor, ...],
+    rows: Sequence[tuple[Tensor, Tensor]],
+    seen: list[Tensor],
+) -> None:
+    """Each row must be nearest to what its token gives at its expert, run alone.
+
+    Of a few tokens. Another row may be as near only by what the dtype's rounding can move.
+    """
+    chosen = given[1]
+    if bool((chosen.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise InputError(
+            f"{state.name} routes a token to an expert twice, so its tokens can't be counted"
+        )
+    some = torch.linspace(0, len(chosen) - 1, _SOME, device=chosen.device).long().unique()
+    alone: list[Tensor] = []
+    for token in some.tolist():
+        for rank in range(chosen.shape[1]):
+            hidden, *routed = (one[token : token + 1] for one in given)
+            routed = [one[:, rank : rank + 1] for one in routed]
+            _watched(state, module, (hidden, *routed), lambda own: alone.append(own) or own)
+    expected = torch.cat(alone).double()
+    experts, tokens = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    is_one = (tokens[:, None] == some.repeat_interleave(chosen.shape[1])) & (
+        experts[:, None] == chosen[some].reshape(-1)
+    )
+    looked_at, place = is_one.nonzero(as_tuple=True)
+    actual = torch.cat(seen)[looked_at].double()
+    distances = torch.cdist(actual, expected, compute_mode="donot_use_mm_for_euclid_dist")
+    claimed = distances.gather(1, place[:, None]).squeeze(1)
+    # The row is rounded once in its dtype, and its sums in float32 go with their length's root.
+    summed = given[0].shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+    bound = 4 * (torch.finfo(seen[0].dtype).eps + summed) * expected[place].norm(dim=1)
+    wrong = claimed > distances.amin(1) + bound
+    if len(looked_at) != len(expected) or bool(wrong.any()):
+        raise InputError(
+            f"{state.name}: the rows of {type(module).__name__} are in another order than "
+            "transformers' experts have them, so they can't be told apart; please report the model"
+        )
+
+
+@torch.no_grad()
+def _watched(
+    state: SiteState, module: nn.Module, given: tuple[Tensor, ...], see: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The output of the module's own forward, its activations taken through `see`."""
+    state.routing.see = see
+    try:
+        return module.forward(*given)
+    finally:
+        state.routing.see = None
+
+
+def _differs(state: SiteState, owner: str) -> InputError:
+    return InputError(
+        f"{state.name}: the placed forward differs from {owner}'s own on the same input; please "
+        "report the model"
+    )
+
+
+def _miscounts(state: SiteState, owner: str) -> InputError:
+    return InputError(
+        f"{state.name}: the placed counts differ from those of {owner}'s own activations; please "
+        "report the model"
+    )
 
 
 def _check_rows(state: SiteState, activation: Tensor) -> None:
@@ -83,11 +195,7 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
     seen = []
 
     def edited(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        edits = state.edits
-        if edits is not None:
-            output = ops.edit(
-                output, None, "identity", edits.sets.tensor, *edits.tables, backend="reference"
-            )
+        output = _edited(state, output)
         seen.append(output)
         return output
 
@@ -98,6 +206,22 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
         return state.original(module)(*given, **options), seen[0]
     finally:
         hook.remove()
+
+
+def _edited(state: SiteState, activation: Tensor) -> Tensor:
+    """The activation edited the plain way, where anything edits it."""
+    edits = state.edits
+    if edits is None:
+        return activation
+    return ops.edit(
+        activation, None, "identity", edits.sets.tensor, *edits.tables, backend="reference"
+    )
+
+
+def _active(activation: Tensor, statistics: SiteStatistics) -> Tensor:
+    return activation.float() > torch.tensor(
+        statistics.threshold, dtype=torch.float32, device=activation.device
+    )
 
 
 def _counted(active: Tensor, statistics: SiteStatistics) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lapefast.errors import InputError
+from lapefast.models.sites import Site
 from lapefast.models.traces import clear, leave
 
 
@@ -18,6 +19,42 @@ class RowIndex:
     """Which group or edit set each row of a stack's input belongs to: int32, a row or one each."""
 
     tensor: Tensor | None = None
+
+    experts: ClassVar[int] = 1
+
+    def over(self, tokens: Tensor) -> RowIndex:
+        """One like this of other tokens."""
+        return RowIndex(tokens)
+
+
+class ExpertRowIndex(RowIndex):
+    """The same of the rows that a mixture's experts see: ``index * experts + expert``.
+
+    Args:
+        tokens: the index of the stack's input, which this one is made of.
+        experts: how many there are.
+    """
+
+    def __init__(self, tokens: RowIndex, experts: int) -> None:
+        super().__init__()
+        self.tokens, self.experts = tokens, experts
+
+    def over(self, tokens: Tensor) -> ExpertRowIndex:
+        return ExpertRowIndex(RowIndex(tokens), self.experts)
+
+    def route(self, experts: Tensor, tokens: Tensor) -> None:
+        """Take the rows that come next: each one's expert and token, integers [rows]."""
+        index = self.tokens.tensor
+        if index is None:
+            self.tensor = experts.to(torch.int32)
+            return
+        own = index if index.numel() == 1 else index[tokens]
+        self.tensor = torch.where(own >= 0, own * self.experts + experts, -1).to(torch.int32)
+
+
+def rows_at(site: Site, tokens: RowIndex) -> RowIndex:
+    """The index of the rows that a site sees, of that of its stack's tokens."""
+    return ExpertRowIndex(tokens, site.experts) if site.experts else tokens
 
 
 class StackRows(ABC):
@@ -33,7 +70,7 @@ class StackRows(ABC):
         self.device = device
         self.indices = {device: RowIndex()}
         self._module, self._trace = module, trace
-        self.hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.hooks = (module.register_forward_pre_hook(self._before_forward, with_kwargs=True),)
         leave(module, trace, self)
 
     def index_on(self, device: torch.device) -> RowIndex:
@@ -46,7 +83,8 @@ class StackRows(ABC):
 
     def remove(self) -> None:
         """Take the hook out. Safe to repeat."""
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         clear(self._module, self._trace)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules
-from lapefast.models.forwards import GatedForward, read_forward
+from lapefast.models.forwards import GatedForward, has_limited_swish, read_forward
 from lapefast.models.sites import Site
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
@@ -63,13 +63,13 @@ TABLE = (
 
 @dataclass(frozen=True)
 class FFN:
-    """One FFN as found.
+    """One FFN, or mixture of experts, as found.
 
     Attributes:
         site: its name, width and activation.
         owner: the module that holds the parts.
-        activation: the activation module.
-        last: the last projection.
+        activation: the activation module; the owner, where a mixture's gate is a method of its.
+        last: the last projection; a mixture's owner, which holds those of all experts.
         gated: whether the activation is multiplied by up before the last projection.
         forward: how to replace the owner's forward, or None where only its activation is handled.
     """
@@ -88,13 +88,24 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises:
         InputError: where no FFN is found, or one is found that can't be handled.
     """
-    return [ffn.site for ffn in find_ffns(model)]
+    return [ffn.site for ffn in find_ffns(model, mixtures=True)]
 
 
-def find_ffns(model: nn.Module) -> list[FFN]:
-    """The model's FFNs, in model order; errors as in `find_sites`."""
+def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
+    """The model's FFNs, in model order; errors as in `find_sites`.
+
+    Args:
+        model: any model.
+        mixtures: take mixtures of experts, too; without it a model that has one is refused.
+    """
     bare = bare_model(model)
     found = [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module)]
+    for ffn in found:
+        if ffn.site.experts and not mixtures:
+            raise InputError(
+                f"{ffn.site.name} ({type(ffn.owner).__name__}) is a mixture of experts, whose "
+                "neurons see only the tokens routed to them; this works on dense FFNs only"
+            )
     if not found:
         raise InputError(
             f"{type(model).__name__} has no feed-forward block that lapefast can find; expected "
@@ -120,7 +131,9 @@ def stack_of(path: str) -> str:
 
 
 def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
-    _refuse_experts(path, module)
+    if _is_mixture(path, module):
+        yield _mixture(path, module)
+        return
     parts = _parts_by_table(path, module) or _parts_by_shape(module)
     if parts is None:
         return
@@ -174,17 +187,43 @@ def _parts_by_shape(module: nn.Module) -> _Parts | None:
     return None
 
 
-def _refuse_experts(path: str, module: nn.Module) -> None:
-    stacked = getattr(module, "down_proj", None)
-    if (
-        isinstance(stacked, nn.Parameter)
+def _is_mixture(path: str, module: nn.Module) -> bool:
+    return (
+        isinstance(getattr(module, "down_proj", None), nn.Parameter)
         or path.rpartition(".")[2] == "experts"
         or type(module).__name__.endswith("Experts")
-    ):
+    )
+
+
+def _mixture(path: str, module: nn.Module) -> FFN:
+    """The experts that transformers keeps in one module and runs in its several ways.
+
+    What `use_experts_implementation` makes of their class tells them, and what their weights mean.
+    """
+    name = f"{path} ({type(module).__name__})"
+    # Experts that are split over processes are numbered anew in each.
+    if not hasattr(type(module), "_apply_gate") or getattr(module, "_is_expert_parallel", False):
         raise InputError(
-            f"{path} ({type(module).__name__}) is a mixture of experts, whose neurons see only the "
-            "tokens routed to them; lapefast handles dense FFNs only"
+            f"{name} is a mixture of experts that lapefast can't handle: expected one module whose "
+            "experts transformers (5 or later) runs as eager, batched_mm or grouped_mm"
         )
+    activation = _child(module, "act_fn")
+    if not isinstance(activation, nn.Module):
+        if not has_limited_swish(module):
+            raise InputError(
+                f"{name} is a mixture of experts that calls its activation as a function, which "
+                "can't be observed; make it a module named act_fn (docs/adding-a-model.md)"
+            )
+        activation = module
+    shape = module.down_proj.shape
+    site = Site(
+        path,
+        shape[1] if module.is_transposed else shape[2],
+        type(activation).__name__,
+        stack_of(path),
+        experts=shape[0],
+    )
+    return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)
 
 
 def _child(module: nn.Module, path: str):

@@ -20,8 +20,11 @@ HOOK = "_lapefast_hook"
 GENERATION = "_lapefast_generation"
 MASK = "_lapefast_mask"
 PLACEMENT = "_lapefast_placement"
+ROUTING = "_lapefast_routing"
 
 _COPYING = "__getstate__"
+_TRACES = {SITE, GROUPS, SETS, HOOK, GENERATION, MASK, PLACEMENT, ROUTING}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 @dataclass
@@ -58,7 +61,7 @@ def leave(module: nn.Module, name: str, trace: Any) -> None:
 def clear(module: nn.Module, name: str) -> None:
     """Take a trace off, and with the last one what keeps them out of copies."""
     module.__dict__.pop(name, None)
-    if not {SITE, GROUPS, SETS, HOOK, GENERATION, MASK, PLACEMENT} & module.__dict__.keys():
+    if not _TRACES & module.__dict__.keys():
         module.__dict__.pop(_COPYING, None)
 
 
@@ -76,13 +79,9 @@ def _untraced(self: nn.Module) -> dict[str, Any]:
     site = state.pop(SITE, None)
     if site is not None:
         site.replaced.undo(state)
-    hook = state.pop(HOOK, None)
-    if hook is not None:
-        state["_forward_hooks"] = state["_forward_hooks"].copy()
-        state["_forward_hooks"].pop(hook.id, None)
-    for rows in (state.pop(GROUPS, None), state.pop(SETS, None)):
-        if rows is not None:
-            for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-                state[hooks] = state[hooks].copy()
-                state[hooks].pop(rows.hook.id, None)
+    placed = [one for name in (HOOK, GROUPS, SETS, ROUTING) if (one := state.pop(name, None))]
+    for hooks in _HOOKS if placed else ():
+        state[hooks] = state[hooks].copy()
+        for number in (hook.id for one in placed for hook in getattr(one, "hooks", (one,))):
+            state[hooks].pop(number, None)
     return state

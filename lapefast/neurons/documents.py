@@ -37,7 +37,13 @@ class Document:
         self, path: str | os.PathLike[str], layout: Layout, entries: Mapping[str, str]
     ) -> None:
         """Write `entries` (name -> JSON) after what is known of the model, in a fixed order."""
-        sites = [as_text({"name": site, "width": layout.widths.get(site)}) for site in layout.sites]
+        sites = [
+            as_text(
+                {"name": site, "width": layout.widths.get(site)}
+                | ({"experts": layout.experts[site]} if site in layout.experts else {})
+            )
+            for site in layout.sites
+        ]
         everything = {
             "format": as_text(self.format),
             "version": as_text(self.version),
@@ -123,4 +129,8 @@ def _layout(content: dict[str, Any]) -> Layout:
         named = content[key] is None or isinstance(content[key], str)
         require(named, f"its {key} is not a string")
     widths: dict[Key, int] = {site: width for site, width in sites.items() if width is not None}
-    return Layout(tuple(sites), widths, content["fingerprint"], content["model"])
+    experts = {one["name"]: one["experts"] for one in content["sites"] if "experts" in one}
+    for site, count in experts.items():
+        fits = type(count) is int and count > 0 and widths.get(site, 0) % count == 0
+        require(fits, f"site {site} can't have {count!r} experts")
+    return Layout(tuple(sites), widths, content["fingerprint"], content["model"], experts)

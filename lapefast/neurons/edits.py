@@ -115,8 +115,9 @@ def activate(sets: Neurons, values: Values) -> Edit:
 
     Args:
         sets: `neurons[label]`, or site -> integers.
-        values: site -> tensor [width], such as `profile.means(label)`, or one number. Neurons
-            known by position take the sites of `values` in their order.
+        values: site -> tensor [width], such as `profile.means(label)`, or one number; of a mixture
+            [experts, width] or flat. Neurons known by position take the sites of `values` in their
+            order.
 
     Raises:
         InputError: there are no neurons, they are not integers within their sites, a site has no
@@ -165,11 +166,10 @@ def _edit(sets: Neurons, scale: Values, shift: Values, strength: float = 1.0) ->
     tables = {}
     for site, neurons in zip(layout.sites, chosen.values(), strict=True):
         if len(neurons):
-            width = layout.widths.get(site)
             tables[site] = (
                 neurons,
-                _at(scale, site, neurons, width, 1.0),
-                _at(shift, site, neurons, width, strength),
+                _at(scale, site, neurons, layout, 1.0),
+                _at(shift, site, neurons, layout, strength),
             )
     return Edit(tables, layout)
 
@@ -193,13 +193,17 @@ def _union(sets: Neurons) -> NeuronSet:
 
 
 def _at(
-    values: Values, site: Key, neurons: torch.Tensor, width: int | None, strength: float
+    values: Values, site: Key, neurons: torch.Tensor, layout: Layout, strength: float
 ) -> torch.Tensor:
     """`strength * values` of the neurons of one site, float32."""
     if isinstance(values, Mapping):
         if site not in values:
             raise InputError(f"there are no values for site {site}; give some for every site")
         given = _numbers(values[site], f"values of site {site}")
+        width = layout.widths.get(site)
+        experts = layout.experts.get(site, None if width else len(given))
+        if given.dim() == 2 and len(given) == experts:
+            given = given.flatten()
         short = given.dim() != 1 or len(given) <= int(neurons[-1])
         if short or (width is not None and len(given) != width):
             raise InputError(

@@ -25,15 +25,18 @@ class Layout:
     Attributes:
         sites: the sites' names in model order, or their positions `0 .. n-1`, as in the published
             neuron files, which carry no names.
-        widths: neurons per site, for the sites where that is known.
+        widths: neurons per site, for the sites where that is known; in a mixture those of all its
+            experts, with the flat index expert * neurons of one + neuron.
         fingerprint: of the model that the neurons were found in, if known.
         model: the name of that model, if known; for messages only.
+        experts: how many a site has, for those known to be mixtures.
     """
 
     sites: tuple[Key, ...]
     widths: Mapping[Key, int] = field(default_factory=dict)
     fingerprint: str | None = None
     model: str | None = None
+    experts: Mapping[Key, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = all(type(site) is str for site in self.sites)
@@ -52,8 +55,11 @@ class Layout:
 
     def named(self, sites: tuple[str, ...]) -> Layout:
         """The same layout with names in place of positions."""
-        widths = {sites[site]: width for site, width in self.widths.items()}
-        return Layout(sites, widths, self.fingerprint, self.model)
+        widths, experts = (
+            {sites[site]: number for site, number in of.items()}
+            for of in (self.widths, self.experts)
+        )
+        return Layout(sites, widths, self.fingerprint, self.model, experts)
 
     def bind(self, model: Any, check_fingerprint: bool = True) -> Layout:
         """The layout of `model`, an `nn.Module`, after checking that this one fits it.
@@ -62,7 +68,7 @@ class Layout:
             InputError: another number of sites, a site that the model does not have, another
                 width, or (where both are known) another fingerprint.
         """
-        from lapefast.models import fingerprint, known_sites
+        from lapefast.models import find_sites, fingerprint, known_sites
 
         found = known_sites(model, self.sites)
         if self.positional and len(self.sites) != len(found):
@@ -93,7 +99,8 @@ class Layout:
             )
         config = getattr(model, "config", None)
         name = getattr(config, "_name_or_path", None) or self.model
-        return Layout(tuple(found), found, actual, name)
+        experts = {site.name: site.experts for site in find_sites(model) if site.experts}
+        return Layout(tuple(found), found, actual, name, experts)
 
     def merge(self, other: Layout) -> Layout:
         """What both layouts know together.
@@ -128,6 +135,7 @@ class Layout:
             {**self.widths, **other.widths},
             self.fingerprint or other.fingerprint,
             self.model or other.model,
+            {**self.experts, **other.experts},
         )
 
     def _origin(self) -> str:

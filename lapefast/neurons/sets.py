@@ -215,7 +215,11 @@ class NeuronSets(Mapping[str, NeuronSet]):
         return len(self._sets)
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with a row per neuron; columns ``label``, ``site``, ``neuron``."""
+        """A `pandas.DataFrame` with a row per neuron; columns ``label``, ``site``, ``neuron``.
+
+        Where there are mixtures, also ``expert`` (missing at dense sites), within which ``neuron``
+        counts then.
+        """
         import pandas
 
         rows = [
@@ -224,7 +228,13 @@ class NeuronSets(Mapping[str, NeuronSet]):
             for site, indices in neurons.items()
             for neuron in indices.tolist()
         ]
-        return pandas.DataFrame(rows, columns=("label", "site", "neuron"))
+        frame = pandas.DataFrame(rows, columns=("label", "site", "neuron"))
+        if self.layout.experts:
+            each = {site: self.widths[site] // n for site, n in self.layout.experts.items()}
+            width = frame["site"].map(each).astype("Int64")
+            frame.insert(2, "expert", frame["neuron"] // width)
+            frame["neuron"] %= width.fillna(max(self.widths.values()))
+        return frame
 
     def _repr_html_(self) -> str:
         counts = [[len(layer) for layer in self.layers(label)] for label in self]

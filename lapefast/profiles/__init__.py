@@ -1,5 +1,6 @@
 """Profiles: what is known of a model's neurons over texts, its file, and the published files."""
 
-from lapefast.profiles.profile import STATISTICS, Profile
+from lapefast.profiles.profile import STATISTICS, Over, Profile
+from lapefast.profiles.shards import SHARDS
 
-__all__ = ["STATISTICS", "Profile"]
+__all__ = ["SHARDS", "STATISTICS", "Over", "Profile"]

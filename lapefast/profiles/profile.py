@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from lapefast.errors import InputError
 from lapefast.files import existing_file
 from lapefast.models.sites import Site
 from lapefast.profiles import published, storage
+from lapefast.profiles.shards import SHARDS, check_shards, narrowed
 
 __all__ = ["STATISTICS", "Profile"]
 
@@ -22,8 +23,13 @@ STATISTICS = {
     "sums": torch.float64,
     "square_sums": torch.float64,
     "up_abs_sums": torch.float64,
+    "shard_counts": torch.int32,
 }
-"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|."""
+"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|, and
+the active tokens of each shard of the text."""
+
+Over = Literal["routed", "all"]
+"""Which tokens a mixture's statistics are shares of: those routed to each expert, or all."""
 
 _SHARED = ("model", "fingerprint", "dtype", "threshold", "edited")
 """Metadata that profiles have in common when they are added; `model` is only a name."""
@@ -36,17 +42,23 @@ class Profile:
         labels: what the texts are grouped by; distinct.
         sites: the model's sites, in model order.
         tokens: stack -> int64 [labels], tokens that entered each stack.
-        statistics: name (see `STATISTICS`) -> site name -> [labels, width]. Kept, not copied.
+        statistics: name (see `STATISTICS`) -> site name -> [labels, width], in a mixture
+            [labels, experts, width]; of `shard_counts`, which need `counts` beside them, [labels,
+            SHARDS, ...]. Kept, not copied.
         metadata: what can be written as JSON. `fingerprint`, `dtype`, `threshold` and `edited`
             must agree (where known) when profiles are added; `model` names the model; `corpora`
             lists dicts with `label`, `source`, `identity`, and `rows` [start, stop] of `seq_len`
-            tokens, by which text that is counted twice for a label is found (no identity: by its
-            source; a source None is like no other); anything else, such as tokenizer, batch size,
-            threads and versions, describes the run.
+            tokens, and `part` where it is one of several, by which text that is counted twice for a
+            label is found (no identity: by its source; a source None is like no other); anything
+            else, such as tokenizer, batch size, threads and versions, describes the run.
+        routed: mixture -> int64 [labels, experts], the label's tokens that each expert saw.
+        shard_tokens: where there are `shard_counts`: stack -> int64 [labels, SHARDS], mixture ->
+            int64 [labels, SHARDS, experts].
 
     Raises:
         InputError: shapes, dtypes or names are not as said, a count is negative or above the
-            label's tokens, or a sum is not finite.
+            label's tokens (in a mixture, those routed there), shards do not add up to the whole, or
+            a sum is not finite.
     """
 
     def __init__(
@@ -56,6 +68,8 @@ class Profile:
         tokens: Mapping[str, torch.Tensor],
         statistics: Mapping[str, Mapping[str, torch.Tensor]],
         metadata: Mapping[str, Any] | None = None,
+        routed: Mapping[str, torch.Tensor] | None = None,
+        shard_tokens: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.labels = list(labels)
         self.site_info = list(sites)
@@ -64,10 +78,16 @@ class Profile:
         # Through JSON, so that a profile and its loaded copy say the same.
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
         self._check_structure()
+        self.routed = self._checked_routed(dict(routed or {}))
+        """Mixture -> the label's tokens that each expert saw, int64 [labels, experts]."""
+        self.shard_tokens = {
+            name: count.detach().cpu() for name, count in (shard_tokens or {}).items()
+        }
         self.statistics = {
             name: {site: self._checked(name, site, values) for site in self._sites}
             for name, values in statistics.items()
         }
+        check_shards(self)
 
     @property
     def sites(self) -> list[str]:
@@ -93,10 +113,36 @@ class Profile:
         """Tokens per label that passed a site, int64 [labels]: its stack's, at each call."""
         return self.stack_tokens[self._sites[site].stack] * self._sites[site].calls
 
+    def seen_tokens(self, site: str, over: Over = "routed") -> torch.Tensor:
+        """What a site's statistics are shares of: int64 [labels], in a mixture [labels, experts].
+
+        Args:
+            site: its name.
+            over: of a mixture, the tokens ``"routed"`` to each expert, or ``"all"`` that passed.
+
+        Raises:
+            InputError: `over` is neither.
+        """
+        if over not in get_args(Over):
+            raise InputError(f"over must be one of {', '.join(get_args(Over))}, got {over!r}")
+        tokens = self.site_tokens(site)
+        if site not in self.routed:
+            return tokens
+        routed = self.routed[site]
+        return routed if over == "routed" else tokens[:, None].expand_as(routed)
+
     @property
     def counts(self) -> dict[str, torch.Tensor]:
-        """Site -> tokens at which each neuron was active, int64 [labels, width]."""
+        """Site -> tokens at which each neuron was active, int64 [labels, width].
+
+        In a mixture, this and the others are [labels, experts, width].
+        """
         return self._statistic("counts")
+
+    @property
+    def shard_counts(self) -> dict[str, torch.Tensor]:
+        """Site -> the counts of each shard of the text, int32 [labels, SHARDS, ...] like those."""
+        return self._statistic("shard_counts")
 
     @property
     def sums(self) -> dict[str, torch.Tensor]:
@@ -113,29 +159,58 @@ class Profile:
         """Site -> sum of the absolute values of `up`, float64 [labels, width]."""
         return self._statistic("up_abs_sums")
 
-    def probabilities(self, label: str) -> dict[str, torch.Tensor]:
+    def probabilities(self, label: str, over: Over = "routed") -> dict[str, torch.Tensor]:
         """Site -> share of the label's tokens at which each neuron is active, float64 [width].
+
+        In a mixture [experts, width]: the share of the tokens ``"routed"`` to the neuron's expert,
+        0 where there are none, or of ``"all"`` tokens.
 
         Raises:
             InputError: the profile has no such label, no counts, or no tokens of the label.
         """
-        return self._per_token("counts", label)
+        return self._per_token("counts", label, over)
 
-    def means(self, label: str) -> dict[str, torch.Tensor]:
+    def means(self, label: str, over: Over = "routed") -> dict[str, torch.Tensor]:
         """Site -> mean activation over the label's tokens, float64 [width].
+
+        In a mixture [experts, width], over the tokens ``"routed"`` to the neuron's expert, 0 where
+        there are none, or over ``"all"`` tokens.
 
         Raises:
             InputError: the profile has no such label, no sums, or no tokens of the label.
         """
-        return self._per_token("sums", label)
+        return self._per_token("sums", label, over)
+
+    def of_shards(self, chosen: torch.Tensor) -> Profile:
+        """The counts of some shards alone, as a profile of their tokens.
+
+        Args:
+            chosen: integers [labels, n], the shards to take of each label; those of a label differ.
+
+        Raises:
+            InputError: the profile has no shard counts.
+        """
+
+        def summed(values: torch.Tensor) -> torch.Tensor:
+            return torch.stack([of[row].sum(0) for of, row in zip(values, chosen, strict=True)])
+
+        counts = {site: summed(values) for site, values in self.shard_counts.items()}
+        seen = {name: summed(of) for name, of in self.shard_tokens.items()}
+        routed = {site: seen.pop(site) for site in self.routed}
+        return Profile(self.labels, self.site_info, seen, {"counts": counts}, self.metadata, routed)
 
     def published_counts(self) -> torch.Tensor:
         """The counts as int64 [layers, neurons, labels], as the published code stacks them.
 
         Raises:
-            InputError: the sites' widths differ.
+            InputError: the sites' widths differ, or one is a mixture.
         """
         counts = self.counts
+        if self.routed:
+            raise InputError(
+                "published counts hold dense layers only, but this model has mixtures of experts "
+                f"({next(iter(self.routed))}); use counts[site] instead"
+            )
         widths = {site.width for site in self.site_info}
         if len(widths) > 1:
             raise InputError(
@@ -211,40 +286,56 @@ class Profile:
         )
 
         def added(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            if mine.dtype is torch.int32:
+                return narrowed(added(mine.long(), theirs.long()))
             total = mine.new_zeros(len(labels), *mine.shape[1:])
             return total.index_add_(0, my_rows, mine).index_add_(0, their_rows, theirs)
 
-        tokens = {
-            stack: added(mine, other.stack_tokens[stack])
-            for stack, mine in self.stack_tokens.items()
-        }
+        tokens, shard_tokens = (
+            {stack: added(of, theirs[stack]) for stack, of in mine.items()}
+            for mine, theirs in (
+                (self.stack_tokens, other.stack_tokens),
+                (self.shard_tokens, other.shard_tokens),
+            )
+        )
         statistics = {
             name: {site: added(mine[site], other.statistics[name][site]) for site in mine}
             for name, mine in self.statistics.items()
         }
-        return Profile(labels, self.site_info, tokens, statistics, self._added_metadata(other))
+        routed = {site: added(mine, other.routed[site]) for site, mine in self.routed.items()}
+        about_run = self._added_metadata(other)
+        return Profile(labels, self.site_info, tokens, statistics, about_run, routed, shard_tokens)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per label, site and neuron.
 
-        Columns: ``label``, ``site``, ``neuron`` and the profile's statistics.
+        Columns: ``label``, ``site``, ``neuron`` and the profile's statistics, but for the shards'.
+        Where there are mixtures, also ``expert`` (missing at dense sites), within which ``neuron``
+        counts then, and ``routed``, the tokens that the neuron saw.
         """
         import pandas
 
         parts = []
         for site in self.site_info:
+            flat, seen = torch.arange(site.neurons), self.seen_tokens(site.name)
             for row, label in enumerate(self.labels):
-                values = {name: of[site.name][row].numpy() for name, of in self.statistics.items()}
-                neurons = range(site.width)
-                parts.append(
-                    pandas.DataFrame(
-                        {"label": label, "site": site.name, "neuron": neurons, **values}
-                    )
-                )
+                columns = {"label": label, "site": site.name}
+                if self.routed:
+                    experts = (flat // site.width).tolist() if site.experts else [None] * len(flat)
+                    columns["expert"] = pandas.array(experts, dtype="Int64")
+                columns["neuron"] = flat % site.width
+                if self.routed:
+                    columns["routed"] = seen[row, ..., None].expand(site.shape).flatten()
+                columns |= {
+                    name: of[site.name][row].flatten()
+                    for name, of in self.statistics.items()
+                    if name != "shard_counts"
+                }
+                parts.append(pandas.DataFrame(columns))
         return pandas.concat(parts, ignore_index=True)
 
     def _repr_html_(self) -> str:
-        width = sum(site.width for site in self.site_info)
+        width = sum(site.neurons for site in self.site_info)
         header, rows, shades = ["label", "tokens"], [], None
         for label, count in zip(self.labels, self.tokens.tolist(), strict=True):
             rows.append([label, f"{count:,}"])
@@ -275,7 +366,7 @@ class Profile:
             )
         return self.statistics[name]
 
-    def _per_token(self, name: str, label: str) -> dict[str, torch.Tensor]:
+    def _per_token(self, name: str, label: str, over: Over) -> dict[str, torch.Tensor]:
         if label not in self.labels:
             raise InputError(
                 f"this profile has no label {label!r}; its labels are {', '.join(self.labels)}"
@@ -283,8 +374,10 @@ class Profile:
         row = self.labels.index(label)
         if any(int(tokens[row]) == 0 for tokens in self.stack_tokens.values()):
             raise InputError(f"this profile has no tokens of label {label!r}; add some text of it")
+        # An expert that no token reached was active at none of them: 0 / 1.
         return {
-            site: values[row].to(torch.float64) / self.site_tokens(site)[row]
+            site: values[row].to(torch.float64)
+            / self.seen_tokens(site, over)[row, ..., None].clamp(min=1)
             for site, values in self._statistic(name).items()
         }
 
@@ -311,6 +404,27 @@ class Profile:
             if (tokens < 0).any():
                 raise InputError(f"tokens of stack {stack} must not be negative")
 
+    def _checked_routed(self, routed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        mixtures = {site.name: site.experts for site in self.site_info if site.experts}
+        if routed.keys() != mixtures.keys():
+            raise InputError(
+                f"routed must hold the profile's mixtures, {list(mixtures)}, got {list(routed)}"
+            )
+        for site, experts in mixtures.items():
+            tensor = routed[site] = routed[site].detach().cpu().contiguous()
+            shape = (len(self.labels), experts)
+            if tensor.dtype != torch.int64 or tensor.shape != shape:
+                raise InputError(
+                    f"routed of site {site} must be int64 [labels, experts] = {list(shape)}, got "
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                )
+            if (tensor < 0).any() or (tensor > self.site_tokens(site)[:, None]).any():
+                raise InputError(
+                    f"routed of site {site} must be between 0 and the label's tokens, but one is "
+                    "not"
+                )
+        return routed
+
     def _checked(self, name: str, site: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if name not in STATISTICS:
             raise InputError(
@@ -319,20 +433,23 @@ class Profile:
         if values.keys() != self._sites.keys():
             raise InputError(f"{name} must hold the profile's sites, all of them and no other")
         tensor = values[site].detach().cpu().contiguous()
-        shape = (len(self.labels), self._sites[site].width)
+        shards = {"shard_counts": (SHARDS,)}.get(name, ())
+        shape = (len(self.labels), *shards, *self._sites[site].shape)
         if tensor.dtype != STATISTICS[name] or tensor.shape != shape:
+            mixture = "experts, " if self._sites[site].experts else ""
             raise InputError(
-                f"{name} of site {site} must be {STATISTICS[name]} [labels, width] = "
-                f"{list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                f"{name} of site {site} must be {STATISTICS[name]} [labels, "
+                f"{'shards, ' if shards else ''}{mixture}width] = {list(shape)}, got "
+                f"{tensor.dtype} {list(tensor.shape)}"
             )
         if name == "counts":
             if (tensor < 0).any():
                 raise InputError(f"counts of site {site} must not be negative")
-            if (tensor > self.site_tokens(site)[:, None]).any():
+            if (tensor > self.seen_tokens(site)[..., None]).any():
                 raise InputError(
                     f"counts of site {site} must not exceed the label's tokens, but one does"
                 )
-        elif not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{name} of site {site} must be finite, but one is not")
         return tensor
 
@@ -400,6 +517,8 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     known = "identity" if a.get("identity") and b.get("identity") else "source"
     if a.get(known) is None or a[known] != b.get(known) or a["label"] != b["label"]:
         return False
+    if _other_part(a, b):
+        return False
     if not (a["seq_len"] and b["seq_len"]):
         a, b = {**a, "seq_len": 1}, {**b, "seq_len": 1}
     # Rows of two lengths are no common measure: compared are their places in the token stream.
@@ -407,6 +526,15 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         *([row * entry["seq_len"] for row in entry["rows"]] for entry in (a, b)), strict=True
     )
     return max(starts) < min(stops)
+
+
+def _other_part(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two entries are different parts of one text that was divided in one way."""
+    ways = [
+        (entry["seq_len"], *(entry.get("part", {}).get(name) for name in ("of", "batch_size")))
+        for entry in (a, b)
+    ]
+    return "part" in a and ways[0] == ways[1] and a["part"]["number"] != b["part"]["number"]
 
 
 def _runs(profile: Profile) -> list[dict[str, Any]]:

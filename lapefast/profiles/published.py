@@ -118,6 +118,12 @@ def _sites_of(model: torch.nn.Module, shape: torch.Size) -> list[Site]:
     from lapefast.models import find_sites
 
     sites = find_sites(model)
+    for site in sites:
+        if site.experts:
+            raise InputError(
+                f"count files hold dense layers only, but the model's {site.name} is a mixture of "
+                "experts; give the model that was counted"
+            )
     widths = {site.width for site in sites}
     if len(sites) != shape[0] or widths != {shape[1]}:
         raise InputError(

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from lapefast.errors import InputError
+from lapefast.errors import InputError, RunStopped
 from lapefast.models.bare import bare_model, evaluating, headless
 from lapefast.profiles import Profile
-from lapefast.profiling.batches import CorpusPass
+from lapefast.profiling.batches import Batch, CorpusPass
+from lapefast.profiling.counting import Counting
+from lapefast.profiling.saving import Saving
+from lapefast.profiling.signals import Signals
+from lapefast.profiling.team import Team
 from lapefast.recording import Recorder
 
 __all__ = ["profile"]
+
+_log = logging.getLogger(__name__)
+_END = object()
+_GOING, _DUE, _BROKEN = range(3)  # how a round ended, by rising weight
 
 
 def profile(
@@ -29,11 +41,16 @@ def profile(
     exact: bool = True,
     backend: str | None = None,
     progress: bool = True,
-    resume: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
     *,
+    save_every: float = 300.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    part: tuple[int, int] | None = None,
+    token_cache: str | os.PathLike[str] | None = None,
     document: str = "line",
     field: str = "text",
     special_tokens: bool = True,
+    until: Callable[[Profile], bool] | None = None,
 ) -> Profile:
     """Count, for each label's text, how often every FFN neuron of ``model`` is active.
 
@@ -48,52 +65,162 @@ def profile(
         seq_len: tokens per row; None is the smaller of the model's limit and 2,048. A tensor
             ``[rows, n]`` keeps its rows.
         batch_size: rows per forward pass, the same for the whole run and recorded; None chooses
-            one that fits the memory.
+            one that fits the memory. Where the memory does not suffice after all, a batch's rows go
+            through the model in halves from then on, which is recorded too.
         max_tokens: at most so many tokens per label; None reads everything. The paper's limit is
             99,999,744.
         threshold: a neuron is active where its activation is strictly above it.
-        statistics: of ``counts``, ``sums``, ``square_sums``, ``up_abs_sums`` (see `Profile`).
+        statistics: of ``counts``, ``sums``, ``square_sums``, ``up_abs_sums`` and ``shard_counts``
+            (see `lapefast.record`).
         exact: fuse only activations proven bit-equal to the model's own.
         backend: who computes the ops; None takes ``LAPEFAST_BACKEND`` or the best for the device.
         progress: show a bar with tokens/s and the time left.
-        resume: reserved for resumable runs; must be None.
+        resume: a directory, made if its parent exists, in which the run saves its state. Where it
+            holds one, the run goes on from there; with the same batches, threads and library
+            versions its counts are bit-identical to those of a run that was never stopped. SIGINT
+            and SIGTERM then save and raise `RunStopped`. An iterator must be given anew, from its
+            beginning.
+        save_every: seconds between two states; that of the start of a run and of its end are saved
+            in any case.
+        process_group: processes that share the work, each with a copy of the model; called by all
+            of them, and each gets the whole profile. Every process runs whole batches, the same
+            ones however many processes there are. None: this process works alone.
+        part: ``(i, n)``, 1 <= i <= n: of the batches, those of one of ``n`` jobs that know nothing
+            of each other; their profiles add up to the whole one, with counts bit-identical.
+        token_cache: a directory that keeps token ids; see `lapefast.corpus.Corpus`. With several
+            processes, the first one fills it before the pass.
         document, field, special_tokens: how text is read; see `lapefast.corpus.Corpus`.
+        until: whether what was counted so far is enough, such as
+            `lapefast.evaluate.UntilStable(0.98)`, which needs ``shard_counts``. The labels are then
+            read in turn, a batch of each, and it is asked after 1, 2, 4, 8 and so on batches and at
+            the texts' end, by the first process. A label whose text ends before the others' stays
+            as it is. The profile's metadata take over its attribute ``metadata``, if it has one.
 
     Raises:
         InputError: for what is wrong with the model, the corpora or the arguments, before the pass
             starts where it can be known; during it for text that can't be read and for activations
-            that are not finite.
+            that are not finite. Where ``resume`` holds a run with other arguments.
+        RunStopped: by a signal, once the state is saved.
+        RunFailed: where another process has failed or ended.
     """
-    if resume is not None:
-        raise InputError("resume must be None: resumable runs are not available in this version")
-    text = CorpusPass(
-        model,
-        corpora,
-        tokenizer,
-        seq_len,
-        batch_size,
-        max_tokens,
-        progress,
-        document=document,
-        field=field,
-        special_tokens=special_tokens,
-    )
-    bare = bare_model(model)
-    with (
-        Recorder(model, list(corpora), statistics, threshold, exact, backend) as recorder,
-        evaluating(model),
-        headless(bare),
-        torch.no_grad(),
-    ):
-        recorder.end_at_last_site()
-        for label in text.labels:
-            recorder.set(label=label)
-            for inputs in text.inputs(label):
-                bare(**inputs)
-            recorder.check()
-        counted = recorder.profile()
-    counted.metadata.update(
-        tokenizer=getattr(tokenizer, "name_or_path", None),
-        **text.metadata(),
-    )
+    if until is not None and part is not None:
+        raise InputError(
+            "a part of the text can't tell whether the whole is enough: leave out part or until"
+        )
+    if not save_every >= 0:
+        raise InputError(f"save_every must be 0 seconds or more, got {save_every!r}")
+    team = Team(process_group)
+    with Saving(team, resume, save_every) as saving:
+        text = CorpusPass(
+            model,
+            corpora,
+            tokenizer,
+            seq_len,
+            saving.batch_size if batch_size is None else batch_size,
+            max_tokens,
+            progress and team.first,
+            part,
+            document=document,
+            field=field,
+            special_tokens=special_tokens,
+            token_cache=token_cache,
+        )
+        text.batch_size = -team.highest(-text.batch_size)  # one that fits everywhere
+        bare = bare_model(model)
+        with (
+            Recorder(model, text.labels, statistics, threshold, exact, backend) as recorder,
+            evaluating(model),
+            headless(bare),
+            torch.no_grad(),
+        ):
+            recorder.end_at_last_site()
+            settings = {
+                **text.settings(),
+                "model": recorder.fingerprint,
+                "threshold": threshold,
+                "statistics": list(recorder.statistics),
+                "exact": exact,
+                "backend": backend,
+                "document": document,
+                "field": field,
+                "special_tokens": special_tokens,
+                "until": getattr(until, "target", None),
+            }
+            saving.begin(settings, recorder, text)
+            if token_cache is not None and team.size > 1:
+                team.from_first(text.fill_cache)
+            rows_at_once = saving.saved.get("rows_at_once", text.batch_size)
+            counting = Counting(bare, recorder, rows_at_once)
+            if not saving.enough:
+                _count_all(text, counting, recorder, saving, team, until)
+            elif until is not None:
+                team.from_first(lambda: until(recorder.profile()))
+            team.share(recorder.tensors.values())
+            counted = recorder.profile()
+        halved = -team.highest(-counting.rows_at_once)
+        counted.metadata.update(
+            tokenizer=getattr(tokenizer, "name_or_path", None),
+            **text.metadata(saving.rows),
+            processes=team.size,
+            **({"rows_at_once": halved} if halved < text.batch_size else {}),
+            **({"changes": saving.changes} if saving.changes else {}),
+            **team.from_first(lambda: getattr(until, "metadata", {})),
+        )
     return counted
+
+
+def _count_all(
+    text: CorpusPass,
+    counting: Counting,
+    recorder: Recorder,
+    saving: Saving,
+    team: Team,
+    until: Callable[[Profile], bool] | None,
+) -> None:
+    """Count batches, a round of one for each process at a time, each round wholly or not at all."""
+    begin = time.perf_counter()
+    batches = text.all_batches(saving.rows) if until is None else text.in_turn(saving.rows)
+    with closing(batches), Signals() if saving.keeps else nullcontext() as signals:
+        going = True
+        while going and not saving.enough:
+            ended = dict(text.ended)
+            round: list[Batch] = []
+            ask = False
+            problem: BaseException | None = None
+            try:
+                with signals.heard() if signals else nullcontext():
+                    round, ask = _next_round(batches, team.size)
+                    for batch in round[team.rank : team.rank + 1]:
+                        counting.count(batch)
+            except (Exception, RunStopped) as error:
+                problem = error
+            verdict = team.highest(_BROKEN if problem else _DUE if saving.due else _GOING)
+            if verdict == _BROKEN:
+                counting.take_back()
+                text.ended = ended
+                if saving.keeps:
+                    saving.save(recorder, text, counting.rows_at_once)
+                raise saving.leaving(problem) from problem
+            counting.keep()
+            for batch in round:
+                saving.rows[batch.label] = batch.first_row + len(batch.ids)
+            going = bool(round) or ask
+            if verdict == _DUE or ask or not going:
+                asked = until if ask or not going else None
+                saving.save(recorder, text, counting.rows_at_once, asked)
+    spent = time.perf_counter() - begin
+    _log.info("Waited for text in %.1f%% of %.1f s", 100 * text.waited / spent, spent)
+
+
+def _next_round(batches: Iterator[Batch | None], size: int) -> tuple[list[Batch], bool]:
+    """As many batches as there are processes, or fewer before a pause; and whether there is one.
+
+    Rounds end at pauses, so that what is asked then does not depend on the number of processes.
+    """
+    round: list[Batch] = []
+    while len(round) < size:
+        batch = next(batches, _END)
+        if batch is _END or batch is None:
+            return round, batch is None
+        round.append(batch)
+    return round, False

@@ -28,7 +28,8 @@ _METHODS = {
     "sharing": ("form", "threshold", "values"),
     "experts": ("experts", "share", "seed"),
 }
-_IDENTIFY = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
+_RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
+_IDENTIFY = (*_RATES, "form", "over")
 
 
 def commands(described: _Described, files: _Files) -> list[str]:
@@ -45,7 +46,15 @@ def commands(described: _Described, files: _Files) -> list[str]:
         if name == "profile" and "runs" not in metadata:
             given, corpora = metadata.get("corpora", ()), _corpora(metadata)
             options = _options(metadata, _PROFILE)
-            if given and all(one.get("capped") for one in given):
+            until = metadata.get("until_stable")
+            if until:
+                options.append(f"--until-stable={until['overlap']}")
+                options += _options(until["parameters"] or {}, _RATES)
+            if (
+                given
+                and all(one.get("capped") for one in given)
+                and not (until or {}).get("reached")
+            ):
                 options.append(f"--max-tokens={max(one['tokens'] for one in given)}")
             lines.append(["profile", _model(metadata), *corpora, *options, "-o", files[name]])
         elif metadata.get("method") == "lape" and "profile" in files:

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lapefast.detect.lape import criteria
+from lapefast.detect.lape import criteria, lape
 from lapefast.errors import InputError
+from lapefast.evaluate.stability import in_every_shard, stability
 from lapefast.report.commands import commands, public_name
 from lapefast.report.figures import experts as expert_figures
 from lapefast.report.figures import lape as lape_figures
@@ -17,6 +19,7 @@ from lapefast.report.figures import matrix as matrix_figures
 from lapefast.report.figures import neurons as neuron_figures
 from lapefast.report.figures import sampling as sampling_figures
 from lapefast.report.figures import sharing as sharing_figures
+from lapefast.report.figures import stability as stability_figures
 from lapefast.report.figures import sweep as sweep_figures
 from lapefast.report.figures.figure import Figure, Table
 from lapefast.report.figures.methods import methods
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inputs", "Section", "sections"]
 
-_RATES = ("top_rate", "filter_rate", "activation_bar_ratio", "form")
+_RATES = ("top_rate", "filter_rate", "activation_bar_ratio", "form", "over")
 
 
 @dataclass(frozen=True)
@@ -255,14 +258,19 @@ def _distributions(inputs: Inputs) -> Iterator[Section]:
     for name, parameters in made.items():
         if not isinstance(parameters, dict):
             raise InputError(f"the neurons {name} lack LAPE's parameters; identify them again")
-        found = criteria(profile, **{key: parameters[key] for key in _RATES if key in parameters})
+        rates = {key: parameters[key] for key in _RATES if key in parameters}
+        found = criteria(profile, **rates)
         suffix = suffixes[name]
+        figures = [
+            lape_figures.entropies(found, f"entropy{suffix}"),
+            lape_figures.probabilities(found, f"probability{suffix}"),
+        ]
+        if in_every_shard(profile):
+            stable = stability(profile, partial(lape, **rates))
+            figures.append(stability_figures.overlaps(stable, f"stability{suffix}"))
         yield Section(
             f"Distributions and thresholds of {by}" + (f": {name}" if suffix else ""),
-            figures=[
-                lape_figures.entropies(found, f"entropy{suffix}"),
-                lape_figures.probabilities(found, f"probability{suffix}"),
-            ],
+            figures=figures,
         )
 
 

@@ -91,7 +91,8 @@ class Fold:
                 for plan in outputs:
                     plan.check()
             # A model is folded if any of its FFNs is; edits of other layers stand for the first.
-            for last in [plan.ffn.last for plan in plans] or [find_ffns(model)[0].last]:
+            folded = [plan.ffn for plan in plans] or find_ffns(model, mixtures=True)[:1]
+            for last in [ffn.last for ffn in folded]:
                 _FOLDED[last] = weakref.ref(self)
         except BaseException:
             self.undo()
@@ -140,7 +141,7 @@ class Fold:
 
 def refuse_folded(model: nn.Module) -> None:
     """Raises InputError, naming the fold, where an FFN of the model is folded already."""
-    for ffn in find_ffns(model):
+    for ffn in find_ffns(model, mixtures=True):
         holder = _FOLDED.get(ffn.last, lambda: None)()
         if holder is not None:
             raise InputError(

@@ -114,9 +114,12 @@ def linear_edits(model: nn.Module, edit: Edit) -> list[LinearEdit]:
         InputError: a last projection is adapted, quantised, offloaded or not reached by the probe;
             or what enters it does not follow the activation linearly.
     """
-    ffns = [ffn for ffn in find_ffns(model) if ffn.site.name in edit.tables]
+    ffns = [ffn for ffn in find_ffns(model, mixtures=True) if ffn.site.name in edit.tables]
     if not ffns:
         return []
+    for ffn in ffns:
+        if ffn.site.experts:
+            raise refusal(ffn.site.name, "a mixture of experts is not folded;")
     bare = bare_model(model)
     names = {ffn.site.name for ffn in ffns}
     tables = {site: table for site, table in edit.tables.items() if site in names}

@@ -68,7 +68,7 @@ def output_edits(model: nn.Module, edit: Edit) -> list[OutputEdit]:
     Raises:
         InputError: a layer is adapted, quantised, offloaded, or not reached by a probe.
     """
-    ffns = {ffn.site.name for ffn in find_ffns(model)}
+    ffns = {ffn.site.name for ffn in find_ffns(model, mixtures=True)}
     wanted = [site for site in edit.tables if site not in ffns]
     if not wanted:
         return []

@@ -77,7 +77,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     bare = bare_model(model)
     found = {}
-    for ffn in find_ffns(model):
+    for ffn in find_ffns(model, mixtures=True):
         numbered = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", ffn.site.name)
         if ffn.site.stack == "decoder" and numbered:
             found[numbered[1]] = bare.get_submodule(numbered[1])

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks
 from lapefast.models.inputs import input_device
-from lapefast.models.linears import find_linears
+from lapefast.models.linears import find_linears, out_features
 from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
-from lapefast.models.rows import RowIndex
+from lapefast.models.rows import RowIndex, rows_at
+from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, stack_of
 from lapefast.neurons import Edit, bind_all
 from lapefast.steering.generation import Generation
@@ -140,28 +141,31 @@ class Steering:
             )
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
-        state.edits = self._edits_of(ffn.site.name, ffn.site.stack, device_of(ffn))
+        state.edits = self._edits_of(ffn.site, device_of(ffn))
 
-    def _edits_of(self, site: str, stack: str, device: torch.device) -> SiteEdits | None:
+    def _edits_of(self, site: Site, device: torch.device) -> SiteEdits | None:
         """The tables of one site, or None where nothing is edited."""
         tables = [
-            edit.tables.get(site, _NOTHING) if isinstance(edit, Edit) else _NOTHING
+            edit.tables.get(site.name, _NOTHING) if isinstance(edit, Edit) else _NOTHING
             for edit in self.edits
         ]
-        ends = [0, *torch.tensor([len(table[0]) for table in tables]).cumsum(0).tolist()]
-        if not ends[-1]:
+        # Numbered on from edit to edit; each has a set for every expert of a mixture.
+        numbered = torch.cat([table[0] + i * site.neurons for i, table in enumerate(tables)])
+        if not len(numbered):
             return None
+        sets = len(tables) * (site.experts or 1)
+        offsets = torch.searchsorted(numbered, torch.arange(sets + 1) * site.width)
 
         def on_device(values: Tensor, dtype: torch.dtype) -> Tensor:
             return values.to(device=device, dtype=dtype).contiguous()
 
-        neurons, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
-        rows = self._stacks.get(stack)
+        _, scale, shift = (torch.cat(columns) for columns in zip(*tables, strict=True))
+        rows = self._stacks.get(site.stack)
         return SiteEdits(
-            sets=RowIndex() if rows is None else rows.index_on(device),
+            sets=rows_at(site, RowIndex() if rows is None else rows.index_on(device)),
             tables=(
-                on_device(torch.tensor(ends), torch.int32),
-                on_device(neurons, torch.int32),
+                on_device(offsets, torch.int32),
+                on_device(numbered % site.width, torch.int32),
                 on_device(scale, torch.float32),
                 on_device(shift, torch.float32),
                 on_device(torch.zeros(2), torch.int64),
@@ -184,7 +188,10 @@ class Steering:
             return
         layers = find_linears(model)
         made = {
-            site: self._edits_of(site, stack_of(site), next(layer.parameters()).device)
+            site: self._edits_of(
+                Site(site, out_features(layer), type(layer).__name__, stack_of(site)),
+                next(layer.parameters()).device,
+            )
             for site, layer in layers.items()
             if site in edited
         }

@@ -154,7 +154,7 @@ def _copied(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _masks(model: nn.Module, neurons: Any) -> dict[nn.Parameter, Tensor]:
     """Parameter -> bool like it, True where it is trained."""
     chosen = {site: table[0] for site, table in deactivate(neurons).bind(model).tables.items()}
-    ffns = {ffn.site.name: ffn for ffn in find_ffns(model)}
+    ffns = {ffn.site.name: ffn for ffn in find_ffns(model, mixtures=True)}
     linears = find_linears(model)
     masks: dict[nn.Parameter, Tensor] = {}
     for site, indices in chosen.items():
@@ -167,6 +167,11 @@ def _masks(model: nn.Module, neurons: Any) -> dict[nn.Parameter, Tensor]:
 
 
 def _mark_ffn(masks: dict, ffn: FFN, indices: Tensor) -> None:
+    if ffn.site.experts:
+        raise InputError(
+            f"{ffn.site.name} is a mixture of experts, whose weights hold all experts at once and "
+            "can't be masked; choose neurons of dense FFNs"
+        )
     up, first_row = up_projection(ffn)
     _mark(masks, up, ffn.site.name, 0, indices + first_row)
     _mark(masks, ffn.last, ffn.site.name, 1, indices)

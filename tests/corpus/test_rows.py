@@ -305,12 +305,18 @@ def test_texts_that_are_empty_are_counted_up_to_the_last_row(
         "lines": lambda: write(tmp_path / "t.txt", lines([text or "" for text in given])),
         "JSON lines": lambda: write(tmp_path / "t.jsonl", json_lines(given)),
     }[kind]()
-    corpus = Corpus("en", source, tokenizer)
-    taken(corpus, SEQ_LEN, max_tokens)
-    read = corpus.report.documents
-    expected = sum(number % 3 == 0 for number in range(read))
-    assert 0 < read <= len(documents)
-    assert corpus.report.empty == corpus.report.to_json()["empty"] == expected
+    corpus = Corpus("en", source, tokenizer, token_cache=tmp_path / "cache")
+    for _ in range(2):  # from the text, and from the cache where the source can be kept
+        taken(corpus, SEQ_LEN, max_tokens)
+        read = corpus.report.documents
+        expected = sum(number % 3 == 0 for number in range(read))
+        assert 0 < read <= len(documents)
+        assert corpus.report.empty == corpus.report.to_json()["empty"] == expected
+    assert any((tmp_path / "cache").glob("*.npy")) == (kind != "list")
+    if max_tokens != SEQ_LEN:
+        whole = corpus.report
+        taken(corpus, SEQ_LEN, max_tokens, start=2)
+        assert corpus.report.empty == whole.empty
     assert len(list(corpus.documents())) == len(documents)
     assert corpus.empty == len(given) - len(documents)
 

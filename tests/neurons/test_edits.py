@@ -174,6 +174,7 @@ def test_neurons_known_by_position_take_the_sites_of_named_values():
 def test_binding_an_edit_names_its_sites_and_checks_its_indices(monkeypatch):
     sites = {"a": 4, "b": 6}
     monkeypatch.setattr(lapefast.models, "known_sites", lambda model, named: sites)
+    monkeypatch.setattr(lapefast.models, "find_sites", lambda model: [])
     monkeypatch.setattr(lapefast.models, "fingerprint", lambda model: "f" * 64, raising=False)
     model = torch.nn.Module()
     bound = activate(NeuronSet({1: [5]}, "en", Layout((0, 1))), 2.0).bind(model)

@@ -17,6 +17,7 @@ def model(monkeypatch):
 
     sites = {"a": 4, "b": 6}
     monkeypatch.setattr(lapefast.models, "known_sites", lambda model, named: sites)
+    monkeypatch.setattr(lapefast.models, "find_sites", lambda model: [])
     monkeypatch.setattr(lapefast.models, "fingerprint", lambda model: "f" * 64, raising=False)
     return torch.nn.Module()
 

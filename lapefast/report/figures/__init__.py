@@ -6,13 +6,25 @@ import os
 from pathlib import Path
 
 from lapefast.evaluate.matrix import PerplexityMatrix
+from lapefast.evaluate.stability import Stability
 from lapefast.neurons import NeuronSets
 from lapefast.report.figures.figure import Figure, Grid, Table
 from lapefast.report.figures.matrix import changes
 from lapefast.report.figures.neurons import counts
+from lapefast.report.figures.stability import overlaps
 from lapefast.report.figures.style import COLUMN, STYLE, write
 
-__all__ = ["COLUMN", "STYLE", "Figure", "Grid", "Table", "draw_matrix", "draw_neurons", "write"]
+__all__ = [
+    "COLUMN",
+    "STYLE",
+    "Figure",
+    "Grid",
+    "Table",
+    "draw_matrix",
+    "draw_neurons",
+    "draw_stability",
+    "write",
+]
 
 
 def draw_matrix(matrix: PerplexityMatrix, path: str | os.PathLike[str]) -> list[Path]:
@@ -34,6 +46,11 @@ def draw_matrix(matrix: PerplexityMatrix, path: str | os.PathLike[str]) -> list[
 def draw_neurons(neurons: NeuronSets, path: str | os.PathLike[str]) -> list[Path]:
     """Draws how many neurons each label has in each layer. Arguments as of `draw_matrix`."""
     return _write(counts(neurons), path)
+
+
+def draw_stability(found: Stability, path: str | os.PathLike[str]) -> list[Path]:
+    """Draws each label's overlap with far more text against tokens. See `draw_matrix`."""
+    return _write(overlaps(found), path)
 
 
 def _write(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:

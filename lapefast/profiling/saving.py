@@ -1,0 +1,187 @@
+"""How far a run is, and what of it is saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapefast.errors import InputError, RunFailed, RunStopped
+from lapefast.profiles import Profile
+from lapefast.profiling.batches import CorpusPass
+from lapefast.profiling.state import RunDirectory, check_same
+from lapefast.profiling.team import Team
+from lapefast.recording import Recorder
+
+__all__ = ["Saving"]
+
+_log = logging.getLogger(__name__)
+
+
+class Saving:
+    """A run's state: in memory alone, or also in a directory. A context manager.
+
+    Args:
+        team: who shares the run; every method is called by all of them.
+        path: the directory, or None.
+        every: seconds between two saves.
+
+    Attributes:
+        rows: label -> rows that are counted, of the labels that were begun.
+        saved: what an earlier run said of itself; empty where there was none.
+        changes: what was another after an earlier stop, as JSON.
+        enough: whether what was counted was found to be enough.
+
+    Raises:
+        InputError: the directory can't be used; see `RunDirectory`.
+    """
+
+    def __init__(self, team: Team, path: str | os.PathLike[str] | None, every: float) -> None:
+        self._team, self._every = team, every
+        self._path = None if path is None else os.fspath(path)
+        self._stack = ExitStack()
+        self._directory: RunDirectory | None = None
+        self._tensors: dict[str, Tensor] = {}
+        self._settings: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        self.saved: dict[str, Any] = {} if path is None else team.from_first(self._open)
+        self.rows: dict[str, int] = dict(self.saved.get("rows", {}))
+        self.changes: list[dict[str, Any]] = list(self.saved.get("changes", ()))
+        self.enough: bool = self.saved.get("enough", False)
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a directory."""
+        return self._path is not None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows per batch of the saved run, which stay the same."""
+        return self.saved["settings"]["batch_size"] if self.saved else None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look at the statistics, and to save them."""
+        return self._team.first and time.monotonic() - self._saved_at >= self._every
+
+    def begin(self, settings: Mapping[str, Any], recorder: Recorder, text: CorpusPass) -> None:
+        """Go on from the saved state, if there is one.
+
+        Raises:
+            InputError: it is of a run with other settings.
+        """
+        self._settings = dict(settings)
+        if not self.saved:
+            return
+        check_same(self._path, self.saved["settings"], settings)
+        for name, then in self.saved["environment"].items():
+            now = _environment(recorder)[name]
+            if then != now:
+                _log.warning(
+                    "%s: %s before the stop and %s now, so counts may differ a little from those "
+                    "of a run that was never stopped. The profile says so.",
+                    *(name, then, now),
+                )
+                self.changes.append({"rows": dict(self.rows), name: [then, now]})
+        text.ended.update(self.saved["ended"])
+        if self._team.first:
+            tensors = recorder.tensors
+            if {name: one.shape for name, one in tensors.items()} != {
+                name: one.shape for name, one in self._tensors.items()
+            }:
+                raise InputError(f"the state in {self._path} is of another model or statistics")
+            for name, tensor in tensors.items():
+                tensor.copy_(self._tensors[name])
+        self._tensors = {}
+
+    def save(
+        self,
+        recorder: Recorder,
+        text: CorpusPass,
+        rows_at_once: int,
+        until: Callable[[Profile], bool] | None = None,
+    ) -> None:
+        """Bring the statistics together in the first process, look at them and save them.
+
+        Args:
+            recorder, text, rows_at_once: of the run.
+            until: asked, in the first process, whether what was counted is enough.
+
+        Raises:
+            InputError: an activation was not finite, or the state can't be written; what was saved
+                before stands.
+        """
+        least = -self._team.highest(-rows_at_once)
+        self._team.collect(recorder.tensors.values())
+
+        def look() -> bool:
+            recorder.check()
+            enough = until is not None and until(recorder.profile())
+            if self._directory is not None:
+                about = {
+                    "settings": self._settings,
+                    "environment": _environment(recorder),
+                    "changes": self.changes,
+                    "rows": self.rows,
+                    "ended": text.ended,
+                    "rows_at_once": least,
+                    "enough": enough,
+                }
+                self._directory.save(about, recorder.tensors)
+            return enough
+
+        self.enough = self._team.from_first(look)
+        self._saved_at = time.monotonic()
+
+    def leaving(self, problem: BaseException | None) -> BaseException:
+        """What to raise for a problem of this process's own, or of another's (None)."""
+        if self._path is None:
+            return problem or RunFailed("another process of this run has failed, and says why")
+        lengths = self._settings["seq_len"]
+        tokens = sum(rows * lengths[label] for label, rows in self.rows.items())
+        stands = f"{tokens:,} tokens are counted and saved in {self._path}"
+        if isinstance(problem, RunStopped):
+            name = "SIGINT" if problem.signal == 2 else "SIGTERM"
+            return RunStopped(
+                problem.signal, f"stopped by {name}; {stands}, and the same command goes on"
+            )
+        if problem is None:
+            return RunFailed(f"another process of this run has failed, and says why; {stands}")
+        if isinstance(problem, InputError):
+            return InputError(
+                f"{problem}; {stands}, and the same command goes on once it is mended"
+            )
+        _log.error("The run failed; %s, and the same command goes on.", stands)
+        return problem
+
+    def _open(self) -> dict[str, Any]:
+        self._directory = self._stack.enter_context(RunDirectory(self._path))
+        about, self._tensors = self._directory.load() or ({}, {})
+        return about
+
+
+def _environment(recorder: Recorder) -> dict[str, Any]:
+    """What may change how a model computes, besides its settings."""
+    import transformers
+
+    import lapefast
+
+    return {
+        "threads": torch.get_num_threads(),
+        "lapefast": lapefast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "experts_implementation": recorder.experts_implementation,
+    }

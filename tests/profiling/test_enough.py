@@ -1,0 +1,70 @@
+"""A pass that reads until enough was counted, stopped on its way; `test_until.py` has the rest."""
+
+from __future__ import annotations
+
+import pytest
+import run_inputs
+import torch
+from test_survival import Breaks, Broken, assert_equal, profiled
+
+from lapefast.errors import InputError
+
+ROWS = 24  # of the first label, in batches of two: 12; 4 of the second
+
+
+class Enough:
+    """Once the first label has so many tokens."""
+
+    target = "test"
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.asked: list[list[int]] = []
+
+    def __call__(self, profile) -> bool:
+        self.asked.append([int(tokens) // 24 for tokens in profile.tokens])  # batches
+        return int(profile.tokens[0]) >= self.tokens
+
+    @property
+    def metadata(self) -> dict:
+        return {"asked": self.asked[-1]}
+
+
+def test_an_iterator_that_was_left_early_is_known_by_its_start():
+    rows = run_inputs.corpora(ROWS)
+    lists = {label: of.tolist() for label, of in rows.items()}
+    profile = profiled(run_inputs.model(), corpora=lists, seq_len=12, until=Enough(24 * 8))
+    first = profile.metadata["corpora"][0]
+    once = {label: iter(of.tolist()) for label, of in rows.items()}
+    again = profiled(run_inputs.model(), corpora=once, seq_len=12, until=Enough(24 * 8))
+    assert_equal(again, profile)
+    assert again.metadata["corpora"][0]["identity"] == first["identity"]
+
+
+@pytest.mark.parametrize("enough", [24 * 2, 24 * 8, 10**9])
+def test_wherever_it_is_stopped_it_ends_where_an_undisturbed_run_ends(tmp_path, enough):
+    model = run_inputs.model()
+    expected = profiled(model, until=Enough(enough))
+    batches = int(expected.tokens.sum()) // 24
+    for number in range(batches):
+        run = tmp_path / f"run-{number}"
+        with Breaks(model, 2 + number, Broken()), pytest.raises(Broken):
+            profiled(model, resume=run, until=Enough(enough))
+        profile = profiled(model, resume=run, until=Enough(enough))
+        assert_equal(profile, expected)
+        assert profile.metadata == expected.metadata
+        assert profiled(model, resume=run, until=Enough(enough)).metadata == expected.metadata
+
+
+def test_a_part_cannot_tell():
+    with pytest.raises(InputError, match="leave out part or until"):
+        profiled(run_inputs.model(), part=(1, 2), until=Enough(1))
+
+
+def test_what_is_asked_may_refuse(tmp_path):
+    def refusing(profile) -> bool:
+        raise InputError("not with this profile")
+
+    with pytest.raises(InputError, match="not with this profile"):
+        profiled(run_inputs.model(), until=refusing, resume=tmp_path / "run")
+    assert torch.is_grad_enabled()
