@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from lapefast.cli.categories import categories
 from lapefast.cli.demo import demo
 from lapefast.cli.doctor import doctor
 from lapefast.cli.evaluate import evaluate
@@ -21,7 +22,9 @@ from lapefast.cli.info import info
 from lapefast.cli.merge import merge
 from lapefast.cli.options import grouped
 from lapefast.cli.profile import profile
+from lapefast.cli.prune import prune
 from lapefast.cli.report import report
+from lapefast.cli.sample import sample
 from lapefast.cli.stability import stability
 from lapefast.cli.sweep import sweep
 from lapefast.errors import InputError, RunFailed, RunStopped
@@ -77,7 +80,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS = (
-    *(profile, stability, identify, evaluate, generate, sweep, report, export),
+    *(profile, stability, identify, evaluate, prune, categories),
+    *(generate, sweep, sample, report, export),
     *(merge, info, demo, doctor),
 )
 for _command in _COMMANDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,6 @@ from lapefast.errors import InputError
 
 if TYPE_CHECKING:
     from lapefast.demo import Demo
-    from lapefast.detect import Experts, Sharing
 
 __all__ = ["demo"]
 
@@ -29,13 +29,23 @@ _DOCUMENTS = 200
 _PLND = {"ffn": 256, "query_key": 24, "value": 24}
 _UNITS = 100
 _EXPERTS = 16
+_PRUNED = 0.2
+_SAMPLES = 24
+_EXAMPLES = 24
+# Of what takes many runs to measure: examples that are answered, and languages.
+_ANSWERED = 4
+_FEW = ("en", "zh", "ja")
 _FILES = {
     "lape": "neurons.json",
     "profile": "profile.safetensors",
     "matrix": "matrix.json",
     "sweep": "sweep.jsonl",
+    "sampled": "sampled.json",
+    "average-precision in full": "average-precision.safetensors",
     "experts in full": "experts.safetensors",
+    "pruning": "pruning.json",
     "sharing in full": "sharing.json",
+    "deactivation": "categories.json",
 }
 
 
@@ -108,43 +118,41 @@ def demo(
     matrix.save(output / "matrix.json")
     show(matrix)
 
+    lines = [
+        {"label": label, "prompt": prompt}
+        for label, some in prompts(_PROMPTS).items()
+        for prompt in some
+    ]
     sweep = lf.evaluate.sweep(
         made.model,
         neurons,
         profile,
-        prompts(_PROMPTS),
+        _write_lines(output / "prompts.jsonl", lines),
         made.tokenizer,
         max_new_tokens=_NEW_TOKENS,
     )
     sweep.save(output / "sweep.jsonl")
-    others, experts, sharing = _other_methods(made, valid)
+    others, results = _other_methods(made, valid, output)
     for name, found in others.items():
         found.save(output / f"{name}.neurons.json")
-    experts.save(output / "experts.safetensors")
-    sharing.save(output / "sharing.json")
-
+    for name, result in results.items():
+        result.save(output / _FILES[name])
+    measured = {name.removesuffix(" in full"): result for name, result in results.items()}
+    files = _FILES | {name: f"{name}.neurons.json" for name in others}
     report = output / "report.html"
     write_report(
         report,
-        Inputs(
-            profile,
-            {"lape": neurons, **others},
-            matrix,
-            sweep.summary(),
-            experts,
-            sharing,
-            _FILES | {name: f"{name}.neurons.json" for name in others},
-        ),
+        Inputs(profile, {"lape": neurons, **others}, matrix, sweep, files=files, **measured),
         figures=output / "figures",
     )
     console.print(
-        f"wrote model, corpus, profile, neurons, matrix, sweep, figures and the report to {output};"
-        f" look at {report}"
+        f"wrote model, corpus, profile, neurons, every method's results, figures and the report to "
+        f"{output}; look at {report}"
     )
 
 
-def _other_methods(made: Demo, texts: dict[str, Path]) -> tuple[dict, Experts, Sharing]:
-    """PLND, average precision, sharing and experts: the neurons by method, and the last two."""
+def _other_methods(made: Demo, texts: dict[str, Path], output: Path) -> tuple[dict, dict]:
+    """PLND, average precision, sharing and experts: their neurons, and results as in `_FILES`."""
     import lapefast as lf
     from lapefast.demo import examples
 
@@ -155,17 +163,50 @@ def _other_methods(made: Demo, texts: dict[str, Path]) -> tuple[dict, Experts, S
     precise = lf.detect.average_precision(
         model, tokenizer, texts, top=_UNITS, bottom=_UNITS, max_documents=_DOCUMENTS
     )
-    sharing = lf.detect.sharing(model, tokenizer, examples())
+    precise.save(details := output / _FILES["average-precision in full"])
+    few = lf.detect.AveragePrecisionNeurons.load(details, _FEW)
+    sampled = lf.evaluate.sampled_languages(
+        model, tokenizer, few, samples=_SAMPLES, max_new_tokens=_NEW_TOKENS, restrict=True
+    )
+    parallel = _write_lines(output / "examples.jsonl", examples(_EXAMPLES))
+    sharing = lf.detect.sharing(model, tokenizer, parallel)
+    answered = _write_lines(output / "few-examples.jsonl", examples(_EXAMPLES)[:_ANSWERED])
+    deactivation = lf.evaluate.category_deactivation(model, tokenizer, answered)
     experts = lf.detect.experts(
         model, texts, tokenizer, _EXPERTS, seq_len=_SEQ_LEN, max_documents=_DOCUMENTS
     )
+    pruning = lf.evaluate.pruning_matrix(
+        model,
+        experts,
+        texts,
+        tokenizer,
+        _PRUNED,
+        "frequency",
+        _FEW,
+        seq_len=_SEQ_LEN,
+        max_tokens=_VALID_TOKENS // 4,
+    )
     sets = {
         "plnd": plnd,
-        "average-precision": lf.NeuronSets(precise, precise.layout, precise.metadata),
+        "average-precision": precise,
         "sharing": sharing.neurons,
         "experts": experts.neuron_sets(only=True),
     }
-    return sets, experts, sharing
+    results = {
+        "sampled": sampled,
+        "sharing in full": sharing,
+        "deactivation": deactivation,
+        "experts in full": experts,
+        "pruning": pruning,
+    }
+    return sets, results
+
+
+def _write_lines(path: Path, lines: list[dict]) -> Path:
+    """JSON lines; the path."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, "utf-8", newline="\n")
+    return path
 
 
 def _copy(source: Path, target: Path) -> Path:

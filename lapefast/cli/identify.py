@@ -78,6 +78,8 @@ def identify(
         check_output(details)
         if method in ("lape", "plnd"):
             raise InputError(f"{method} measures nothing beside its neurons; leave --details out")
+        if method == "average-precision" and details.suffix != ".safetensors":
+            raise InputError(f"--details of {method} must end in .safetensors, got {details}")
         if details == output:
             raise InputError("-o and --details are one file; give two")
     chosen = {

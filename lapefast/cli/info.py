@@ -34,8 +34,13 @@ def _read(path: Path) -> Any:
     """What is in a file; its content decides which kind it is."""
     from lapefast import NeuronSets, Profile, ResidualMeans
     from lapefast.detect import AveragePrecisionNeurons, Experts, Sharing
-    from lapefast.evaluate import PerplexityMatrix, Stability
-    from lapefast.report.sweep_file import read_sweep
+    from lapefast.evaluate import (
+        CategoryDeactivation,
+        PerplexityMatrix,
+        SampledLanguages,
+        Stability,
+        Sweep,
+    )
 
     readers = {
         "lapefast neurons": NeuronSets.load,
@@ -45,9 +50,11 @@ def _read(path: Path) -> Any:
         "lapefast average-precision file": AveragePrecisionNeurons.load,
         "lapefast residual means file": ResidualMeans.load,
         "lapefast stability": Stability.load,
-        "matrix": PerplexityMatrix.load,
+        "lapefast perplexity matrix": PerplexityMatrix.load,
+        "lapefast category deactivation": CategoryDeactivation.load,
+        "lapefast sampled languages": SampledLanguages.load,
+        "lapefast sweep": Sweep.load,
         "published": NeuronSets.load,
-        "sweep": read_sweep,
     }
     kind = _kind(path)
     if kind not in readers:
@@ -77,12 +84,12 @@ def _kind(path: Path) -> str | None:
         # Of a file that is not one, the length may be any.
         length = int.from_bytes(start[:8], "little") if sealed else -1
         data = file.read(min(length, path.stat().st_size))
-    if not sealed and b'"target"' in data.partition(b"\n")[0]:
-        return "sweep"
+    # Lines of JSON, the first of which says what they are; or, as once written, does not.
+    line = data.partition(b"\n")[0]
+    if not sealed and (b'"lapefast sweep"' in line or b'"target"' in line):
+        return "lapefast sweep"
     try:
         content = json.loads(data)
-        if "nll" in content:
-            return "matrix"
         return str((content["__metadata__"] if sealed else content)["format"])
     except (ValueError, KeyError, TypeError, RecursionError):
         # Cut short or damaged, which the reader of the likeliest kind says best.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "Material",
     "PlndOptions",
     "SharingOptions",
+    "check_sharing",
     "refuse_others",
 ]
 
@@ -188,27 +190,39 @@ class Material:
     seq_len: int | None
     max_documents: int | None
 
-    def load(self, method: str, needs_corpora: bool = True) -> options.Loaded:
-        """The model, for a method that runs one."""
-        if needs_corpora and self.corpora is None:
+    def load(self, needs_corpora: bool = True) -> options.Loaded:
+        """The model, for a method that runs one; all else has been checked."""
+        corpora = self.corpora if needs_corpora else None
+        return self.loading.load(self.source, corpora, self.text)
+
+    def check(self, method: str, forms: bool = False) -> None:
+        """For a method that runs a model on texts of each label."""
+        if self.corpora is None:
             raise InputError(f"{method} reads texts of each label; give them by --corpus")
+        if self.form != "paper" and not forms:
+            raise InputError(f"{method} has one form, the paper's; leave --form out")
+        self.check_model(method)
+
+    def check_model(self, method: str) -> None:
+        """For a method that runs a model."""
         if Path(self.source).is_file():
             raise InputError(
                 f"{method} runs a model, but {self.source} is a file; give the model's directory "
                 "or its name on the hub"
             )
-        corpora = self.corpora if needs_corpora else None
-        return self.loading.load(self.source, corpora, self.text)
 
-    def refuse_reading(self, method: str) -> None:
-        """For a method that runs no model: nothing of how one reads may have been asked for."""
-        asked = (self.corpora, self.batch_size, self.seq_len)
-        if asked != (None, None, None) or self.max_documents != DOCUMENTS or self.text != TEXT:
+    def refuse_reading(self, method: str, what: str) -> None:
+        """For a method that reads no corpus: nothing of how one is read may have been asked for."""
+        asked = (self.corpora, self.seq_len, self.max_documents, self.text)
+        if asked != (None, None, DOCUMENTS, TEXT):
             raise InputError(
-                f"{method} reads a profile and no text; leave the options of texts and of the run "
+                f"{method} reads {what}; leave --corpus and the options of texts and of the run "
                 "out, or choose another --method"
             )
-        if self.loading != LOADING:
+
+    def refuse_model(self, method: str) -> None:
+        """For a method that runs no model."""
+        if self.batch_size is not None or self.loading != LOADING:
             raise InputError(f"{method} loads no model; leave the options of models out")
 
     def reading(self) -> dict[str, Any]:
@@ -226,7 +240,8 @@ Found = tuple["NeuronSets", Any]
 
 
 def lape(material: Material, chosen: LapeOptions) -> Found:
-    material.refuse_reading("LAPE")
+    material.refuse_reading("LAPE", "a profile and no text")
+    material.refuse_model("LAPE")
     from lapefast import Profile
     from lapefast.detect import lape as run
 
@@ -241,14 +256,17 @@ def lape(material: Material, chosen: LapeOptions) -> Found:
 
 def plnd(material: Material, chosen: PlndOptions) -> Found:
     from lapefast.detect import plnd as run
+    from lapefast.detect.plnd.detector import check_request
 
+    material.check("PLND", forms=True)
     kinds = tuple(kind.strip() for kind in chosen.kinds.split(","))
     tops = {kind: chosen.top_ffn if kind == "ffn" else chosen.top_attention for kind in kinds}
     if None in tops.values():
         if set(tops.values()) != {None}:
             raise InputError("give both --top-ffn and --top-attention, or neither")
         tops = None
-    loaded = material.load("PLND")
+    check_request(material.corpora, kinds, material.form, tops, chosen.score_threshold)
+    loaded = material.load()
     found = run(
         loaded.model,
         loaded.tokenizer,
@@ -264,8 +282,11 @@ def plnd(material: Material, chosen: PlndOptions) -> Found:
 
 def average_precision(material: Material, chosen: AveragePrecisionOptions) -> Found:
     from lapefast.detect import average_precision as run
+    from lapefast.detect.average_precision.detector import check_request
 
-    loaded = material.load("average precision")
+    material.check("average precision")
+    check_request(material.corpora, **asdict(chosen))
+    loaded = material.load()
     found = run(
         loaded.model,
         loaded.tokenizer,
@@ -279,11 +300,10 @@ def average_precision(material: Material, chosen: AveragePrecisionOptions) -> Fo
 def sharing(material: Material, chosen: SharingOptions) -> Found:
     from lapefast.detect import sharing as run
 
-    if chosen.examples is None:
-        raise InputError("sharing compares prompts of one meaning; give them by --examples")
-    if material.corpora is not None:
-        raise InputError("sharing reads --examples and no corpus; leave --corpus out")
-    loaded = material.load("sharing", needs_corpora=False)
+    material.refuse_reading("sharing", "--examples")
+    material.check_model("sharing")
+    check_sharing(chosen)
+    loaded = material.load(needs_corpora=False)
     found = run(
         loaded.model,
         loaded.tokenizer,
@@ -298,8 +318,13 @@ def sharing(material: Material, chosen: SharingOptions) -> Found:
 
 def experts(material: Material, chosen: ExpertOptions) -> Found:
     from lapefast.detect import experts as run
+    from lapefast.detect.experts.result import check_share
 
-    loaded = material.load("experts")
+    material.check("experts")
+    check_share(chosen.share, "share")
+    if chosen.high is not None:
+        check_share(chosen.high, "high")
+    loaded = material.load()
     found = run(
         loaded.model,
         material.corpora,
@@ -310,6 +335,17 @@ def experts(material: Material, chosen: ExpertOptions) -> Found:
         **material.reading(),
     )
     return found.neuron_sets(top=chosen.high, only=chosen.only), found
+
+
+def check_sharing(chosen: SharingOptions) -> None:
+    """Raises InputError for what is wrong with the options whatever the model is."""
+    from lapefast.detect.sharing.examples import parallel_texts
+
+    if chosen.examples is None:
+        raise InputError("sharing compares prompts of one meaning; give them by --examples")
+    if not math.isfinite(chosen.threshold):
+        raise InputError(f"--threshold must be a finite number, got {chosen.threshold}")
+    parallel_texts(chosen.examples)
 
 
 def refuse_others(method: str, given: Mapping[str, Any]) -> None:

@@ -143,6 +143,23 @@ WhereEdited = Annotated[
 NewTokens = Annotated[
     int, typer.Option(min=1, help="Most tokens per prompt.", rich_help_panel=RUN_PANEL)
 ]
+Languages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--language",
+        metavar="LABEL=CODE",
+        help="The language of a label that is not its code. May be repeated.",
+        show_default=False,
+    ),
+]
+AnyLanguage = Annotated[
+    bool,
+    typer.Option(
+        "--any-language",
+        help="Texts may be in any language, not the labels' alone: short ones are then often "
+        "taken for a relative.",
+    ),
+]
 GenerationBatch = Annotated[
     int,
     typer.Option("--batch-size", min=1, help="Prompts per batch.", rich_help_panel=RUN_PANEL),

@@ -30,13 +30,17 @@ def report(
     ] = None,
     matrix: Annotated[Path | None, _file("A matrix of `lapefast evaluate`.")] = None,
     sweep: Annotated[Path | None, _file("What `lapefast sweep` wrote.")] = None,
+    sampled: Annotated[Path | None, _file("What `lapefast sample` wrote.")] = None,
     experts: Annotated[Path | None, _file("Experts and their frequencies.")] = None,
+    pruning: Annotated[Path | None, _file("A matrix of `lapefast prune`.")] = None,
     sharing: Annotated[Path | None, _file("Categories of shared neurons.")] = None,
+    categories: Annotated[Path | None, _file("What `lapefast categories` wrote.")] = None,
     language: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LABEL=CODE",
-            help="The language of a sweep's label that is not its code. May be repeated.",
+            help="The language of a sweep's label, where its file does not say it and it is not "
+            "the label. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -70,17 +74,23 @@ def report(
                 f"cannot write to {figures}: {error.strerror}; give a directory"
             ) from error
         check_output(figures / "figure.png")
-    given = {"profile": profile, "matrix": matrix, "sweep": sweep}
-    given |= {"experts in full": experts, "sharing in full": sharing}
+    given = {"profile": profile, "matrix": matrix, "sweep": sweep, "sampled": sampled}
+    given |= {"experts in full": experts, "pruning": pruning}
+    given |= {"sharing in full": sharing, "deactivation": categories}
     codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
     if codes and sweep is None:
         raise InputError(
             "--language says which languages a sweep's labels are; give one by --sweep"
         )
     from lapefast import NeuronSets, Profile
-    from lapefast.evaluate import PerplexityMatrix
+    from lapefast.detect import Experts, Sharing
+    from lapefast.evaluate import (
+        CategoryDeactivation,
+        PerplexityMatrix,
+        SampledLanguages,
+        Sweep,
+    )
     from lapefast.report import Inputs, write_report
-    from lapefast.report.sweep_file import read_sweep
 
     paths = list(neurons or ())
     sets = [NeuronSets.load(path) for path in paths]
@@ -91,9 +101,12 @@ def report(
         profile=profile and Profile.load(profile),
         neurons=dict(zip(names, sets, strict=True)),
         matrix=matrix and PerplexityMatrix.load(matrix),
-        pairs=sweep and read_sweep(sweep, codes),
-        experts=experts and _experts(experts),
-        sharing=sharing and _sharing(sharing),
+        sweep=sweep and Sweep.load(sweep, codes),
+        sampled=sampled and SampledLanguages.load(sampled),
+        experts=experts and Experts.load(experts),
+        pruning=pruning and PerplexityMatrix.load(pruning),
+        sharing=sharing and Sharing.load(sharing),
+        deactivation=categories and CategoryDeactivation.load(categories),
         files=files,
     )
     written = write_report(output, inputs, title=title, date=date, figures=figures)
@@ -102,18 +115,6 @@ def report(
     console.print(f"wrote {output}", highlight=False)
     if figures is not None:
         console.print(f"wrote {len(written) - 1} files to {figures}", highlight=False)
-
-
-def _experts(path: Path):
-    from lapefast.detect.experts import Experts
-
-    return Experts.load(path)
-
-
-def _sharing(path: Path):
-    from lapefast.detect import Sharing
-
-    return Sharing.load(path)
 
 
 def _names(paths: Sequence[Path], sets: Sequence[NeuronSets], taken: Sequence[str]) -> list[str]:

@@ -48,22 +48,8 @@ def sweep(
     ] = 5,
     where: options.WhereEdited = "all",
     max_new_tokens: options.NewTokens = 32,
-    language: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LABEL=CODE",
-            help="The language of a label that is not its code. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    any_language: Annotated[
-        bool,
-        typer.Option(
-            "--any-language",
-            help="Texts may be in any language, not the labels' alone: short ones are then often "
-            "taken for a relative.",
-        ),
-    ] = False,
+    language: options.Languages = None,
+    any_language: options.AnyLanguage = False,
     corpus: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,10 +104,12 @@ def sweep(
                     "some by --prompts"
                 )
     else:
-        texts = read_prompts(prompts)
+        read_prompts(prompts)  # refused before the model is loaded
+        texts = prompts
     loaded = loading.load(model, corpora, text, tokenizer=True)
     import lapefast as lf
     from lapefast.cli.tables import console, show
+    from lapefast.report.commands import BUILT_IN
 
     means = None
     if corpora is not None:
@@ -151,6 +139,8 @@ def sweep(
         restrict=not any_language,
         seed=loading.seed,
     )
+    if prompts is None:
+        found.metadata["prompts_source"] = BUILT_IN
     found.save(output)
     show(found)
     console.print(f"wrote {output}", highlight=False)

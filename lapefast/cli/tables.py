@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lapefast.detect import Category, Experts, Sharing
-from lapefast.evaluate import PerplexityMatrix, Stability, Sweep
+from lapefast.evaluate import (
+    CategoryDeactivation,
+    PerplexityMatrix,
+    SampledLanguages,
+    Stability,
+    Sweep,
+)
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
@@ -32,8 +38,9 @@ def show(content: Any) -> None:
         (Profile, _show_profile),
         (NeuronSets, _show_neurons),
         (Sweep, lambda found: _show_pairs(found.summary())),
-        (list, _show_pairs),
         (PerplexityMatrix, _show_matrix),
+        (SampledLanguages, _show_sampled),
+        (CategoryDeactivation, _show_deactivation),
         (Stability, _show_stability),
         (Sharing, _show_sharing),
         (Experts, _show_experts),
@@ -85,9 +92,38 @@ def _show_experts(experts: Experts) -> None:
     console.print(table)
 
 
+def _show_sampled(sampled: SampledLanguages) -> None:
+    console.print("Share of texts from an empty prompt in the label's language")
+    table = _table("label", "before", "after", "random", "of sets")
+    for row in sampled.rows:
+        random = []
+        if row.random:
+            least, largest = min(row.random), max(row.random)
+            random = [f"{row.random_mean:.0%}", f"{least:.0%} to {largest:.0%}"]
+        table.add_row(row.label, f"{row.before:.0%}", f"{row.after:.0%}", *random)
+    console.print(table)
+
+
+def _show_deactivation(found: CategoryDeactivation) -> None:
+    console.print("Answers without a category's neurons; random: mean over sets of equal size")
+    table = _table("without", "label", "neurons", "right", "random", "nll", "nll random")
+    for row in found.rows:
+        numbers = [f"{row.neurons:,.0f}"]
+        for value, random, form in (
+            (row.accuracy, row.random_accuracy, ".0%"),
+            (row.nll, row.random_nll, ".2f"),
+        ):
+            mean = format(sum(random) / len(random), form) if random else ""
+            numbers += [format(value, form), mean]
+        table.add_row(row.category, row.label, *numbers)
+    console.print(table)
+
+
 def _show_matrix(matrix: PerplexityMatrix) -> None:
+    pruned = "pruning" in matrix.metadata
+    done = "experts are pruned for a label" if pruned else "a label's neurons are deactivated"
     console.print(
-        "Change of perplexity of each text (columns) when a label's neurons are deactivated "
+        f"Change of perplexity of each text (columns) when {done} "
         "(rows).\n* marks the label's own text; random: the largest change of that text by "
         f"{matrix.metadata.get('random_sets', 'the')} random sets of equal size per layer."
     )

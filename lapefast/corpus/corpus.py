@@ -9,6 +9,7 @@ from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lapefast.corpus.background import Ahead
@@ -97,6 +98,7 @@ class Corpus:
         self._special_tokens = special_tokens
         self._vocab_size = vocab_size
         self._report: CorpusReport | None = None
+        self.empty = 0
         with _naming(label):
             self._source = find_source(source, document, field, prefer_ids=tokenizer is None)
             signature = self._source.signature
@@ -197,21 +199,29 @@ class Corpus:
             return identity_of(first_tokens(tokens)[0])
 
     def documents(self) -> Iterator[torch.Tensor]:
-        """The token ids of each document, whole, int64 [n]. Raises InputError while it is read."""
+        """The token ids of each document, whole, int64 [n]. Raises InputError while it is read.
+
+        `empty` is how many texts before the document taken last were left out, being empty or
+        blank; once all are taken, how many there are.
+        """
         held: list[torch.Tensor] = []
+        self.empty = 0
         with _naming(self.label):
-            position = 0
+            position = empty = 0
             for tokens in self._tokenisation().tokens(self._source.pieces()):
                 refuse_foreign_ids(tokens.ids, self._vocab_size, position)
                 position += len(tokens.ids)
                 first, *others = torch.from_numpy(tokens.ids).tensor_split(tokens.starts.tolist())
                 held.append(first)
-                for part in others:
+                for part, start in zip(others, tokens.starts, strict=True):
                     if sum(map(len, held)):
                         yield torch.cat(held)
                     held = [part]
+                    self.empty = empty + int(np.searchsorted(tokens.empty, start, "right"))
+                empty += len(tokens.empty)
             if sum(map(len, held)):
                 yield torch.cat(held)
+            self.empty = empty
 
     def _made(
         self, report: CorpusReport, max_rows: int | None
@@ -224,7 +234,7 @@ class Corpus:
                 stream = Stream(
                     cached.tokens(first * seq_len),
                     first,
-                    cached.documents_before(first * seq_len),
+                    *cached.before(first * seq_len),
                     identity_of(cached.ids),
                 )
             else:

@@ -46,6 +46,7 @@ class CorpusReport:
     tokens: tokens in `rows`.
     dropped: tokens at the source's end that filled no row; 0 if `capped`.
     capped: whether the reading ended at `max_tokens`, whatever else there may be in the source.
+    empty: texts that are no `documents` because they are empty or blank, as far as those were read.
     """
 
     label: str
@@ -57,6 +58,7 @@ class CorpusReport:
     tokens: int
     dropped: int
     capped: bool
+    empty: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes."""
@@ -69,12 +71,14 @@ class Stream(NamedTuple):
     tokens: the ids.
     row: the row that they begin with.
     documents: those that begin before it.
+    empty: texts before it that were left out.
     identity: the source's, where known; a stream without it begins with row 0.
     """
 
     tokens: Iterator[Tokens]
     row: int = 0
     documents: int = 0
+    empty: int = 0
     identity: str | None = None
 
 
@@ -91,20 +95,23 @@ def pack(
     outside the vocabulary and for a source that does not fill one row.
     """
     seq_len, first = report.seq_len, report.rows[0]
-    tokens, done, documents, identity = stream
+    tokens, done, documents, empty, identity = stream
     if identity is None:
         beginning, tokens = first_tokens(tokens)
         identity = identity_of(beginning)
     report = replace(report, identity=identity)
     step = max(1, _CHUNK_TOKENS // seq_len)
     parts: list[np.ndarray] = []
-    starts = np.empty(0, dtype=np.int64)  # of the documents that begin at or after row `done`
+    # Of the documents, and of texts left out, those at or after row `done`.
+    starts = blanks = np.empty(0, dtype=np.int64)
     held = 0
     if done == max_rows:
-        yield None, replace(report, documents=documents, capped=True)
+        yield None, replace(report, documents=documents, capped=True, empty=empty)
         return
     for batch in tokens:
-        starts = np.concatenate([starts, batch.starts + done * seq_len + held])
+        place = done * seq_len + held
+        starts = np.concatenate([starts, batch.starts + place])
+        blanks = np.concatenate([blanks, batch.empty + place])
         parts.append(batch.ids)
         held += len(batch.ids)
         ready = held // seq_len
@@ -120,18 +127,21 @@ def pack(
             done += len(rows)
             begun = int(np.searchsorted(starts, done * seq_len))
             documents, starts = documents + begun, starts[begun:]
+            passed = int(np.searchsorted(blanks, done * seq_len))
+            empty, blanks = empty + passed, blanks[passed:]
             if skipped < len(rows):
                 report = replace(
                     report,
                     rows=(first, done),
                     documents=documents,
                     tokens=(done - first) * seq_len,
+                    empty=empty,
                 )
                 yield torch.from_numpy(rows[skipped:].copy()), report
         parts = [ids[ready * seq_len :].copy()]
         held = len(parts[0])
         if done == max_rows:
-            yield None, replace(report, documents=documents, capped=True)
+            yield None, replace(report, documents=documents, capped=True, empty=empty)
             return
     documents += len(starts)
     if not done:
@@ -140,7 +150,8 @@ def pack(
         raise InputError(f"there are only {done} rows of {seq_len} in it, not {first} or more")
     if held:
         refuse_foreign_ids(np.concatenate(parts), vocab_size, done * seq_len)
-    yield None, replace(report, documents=documents, dropped=held)
+    empty += len(blanks)
+    yield None, replace(report, documents=documents, dropped=held, empty=empty)
 
 
 def count_tokens(stream: Iterator[Tokens], enough: int, vocab_size: int | None) -> None:

@@ -68,14 +68,15 @@ def choose_field(field: str, names: Sequence[str], prefer_ids: bool) -> str:
 def content_pieces(item: Any, field: str, prefer_ids: bool) -> Iterator[Piece]:
     """The pieces of one document: a text, a sequence of token ids, or an example holding either.
 
-    None is a document that holds nothing, as missing values in data sets are.
+    None is an empty text, as missing values in data sets are; so is a document of no token ids.
     """
     if isinstance(item, Mapping):
         item = item[choose_field(field, list(item), prefer_ids)]
     if item is None:
-        return
+        item = ""
     if not isinstance(item, str):
-        yield from token_pieces(as_token_ids(item))
+        ids = as_token_ids(item)
+        yield from token_pieces(ids) if len(ids) else [Piece("", True)]
     elif len(item) <= PIECE:
         yield Piece(item, True)
     else:

@@ -156,9 +156,8 @@ def _text(path: str, number: int, data: bytes, decode: Any, final: bool) -> str:
 def _by_line(lines: Iterator[_Line]) -> Iterator[Piece]:
     inside = False
     for line in lines:
-        if inside or not line.ends or not _blank(line.text):
-            yield Piece(line.text, line.ends)
-            inside = not line.ends
+        yield Piece(line.text, line.ends)
+        inside = not line.ends
     if inside:
         yield Piece("", True)
 

@@ -1,7 +1,8 @@
 """Token ids on disk, so that a text is tokenised once however often it is read.
 
 An entry is three files named after what it was made from: the ids, little-endian int32; where
-documents start; and, written last, a JSON file without which the others count as absent.
+documents start, and after that where empty texts were left out; and, written last, a JSON file
+without which the others count as absent.
 """
 
 from __future__ import annotations
@@ -53,17 +54,18 @@ class TokenCache:
     def find(self, needed: int | None) -> CachedTokens | None:
         """The ids, if there are at least ``needed`` of them or all of the text's (None)."""
         for limit in dict.fromkeys((None, needed)):
-            ids, starts, about = self._files(limit)
+            ids, places, about = self._files(limit)
             try:
                 said = json.loads(about.read_text())
                 found = CachedTokens(
                     np.memmap(ids, dtype="<i4", mode="r", shape=(said["tokens"],)),
-                    np.load(starts, allow_pickle=False),
+                    *np.split(np.load(places, allow_pickle=False), [said["documents"]]),
                 )
+                counts = said["documents"], said["empty"]
             except (OSError, EOFError, ValueError, KeyError, TypeError):
                 continue
             complete = ids.stat().st_size == 4 * said["tokens"]
-            if complete and len(found.starts) == said["documents"]:
+            if complete and (len(found.starts), len(found.empty)) == counts:
                 return found
         return None
 
@@ -73,26 +75,29 @@ class TokenCache:
         Raises:
             InputError: the cache cannot be written.
         """
-        ids, starts, about = self._files(needed)
+        files = self._files(needed)
+        ids = files[0]
         temporary = ids.with_name(f".{ids.name}.{secrets.token_hex(6)}.tmp")
-        begins: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        empty: list[np.ndarray] = []
         total = 0
         kept = False
         try:
             for batch in tokens:
-                begins.append(batch.starts + total)
+                starts.append(batch.starts + total)
+                empty.append(batch.empty + total)
                 total += len(batch.ids)
                 with _writing(self._directory), open(temporary, "ab") as file:
                     file.write(batch.ids.astype("<i4").tobytes())
                 if needed is not None and total >= enough(needed):
                     kept = True
-                    self._keep(temporary, (ids, starts, about), begins, total)
+                    self._keep(temporary, files, starts, empty, total)
                     yield batch
                     yield from tokens
                     return
                 yield batch
             if total:
-                self._keep(temporary, (ids, starts, about), begins, total)
+                self._keep(temporary, files, starts, empty, total)
                 kept = True
         finally:
             if not kept:
@@ -102,18 +107,19 @@ class TokenCache:
         self,
         temporary: Path,
         files: tuple[Path, Path, Path],
-        begins: list[np.ndarray],
+        starts: list[np.ndarray],
+        empty: list[np.ndarray],
         total: int,
     ) -> None:
-        ids, starts, about = files
-        documents = np.concatenate(begins)
+        ids, places, about = files
+        counts = {"documents": sum(map(len, starts)), "empty": sum(map(len, empty))}
         with _writing(self._directory):
             # Until the last file is there, an entry that is being replaced counts as absent.
             about.unlink(missing_ok=True)
             os.replace(temporary, ids)
-        with write_atomically(starts) as path, open(path, "wb") as file:
-            np.save(file, documents)
-        said = {**self._key, "tokens": total, "documents": len(documents)}
+        with write_atomically(places) as path, open(path, "wb") as file:
+            np.save(file, np.concatenate([*starts, *empty]))
+        said = {**self._key, "tokens": total, **counts}
         with write_atomically(about) as path:
             path.write_text(json.dumps(said, indent=1, sort_keys=True))
 
@@ -129,22 +135,31 @@ def enough(needed: int) -> int:
 
 
 class CachedTokens:
-    """Token ids that were read back, int32 [n] mapped into memory, and where documents start."""
+    """Token ids that were read back, int32 [n] mapped into memory; see `Tokens` for the others."""
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray) -> None:
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, empty: np.ndarray) -> None:
         self.ids = ids
         self.starts = starts
+        self.empty = empty
 
     def tokens(self, position: int) -> Iterator[Tokens]:
         """The stream from a position on."""
         for begin in range(position, len(self.ids), _CHUNK_TOKENS):
             end = min(begin + _CHUNK_TOKENS, len(self.ids))
-            first, last = np.searchsorted(self.starts, [begin, end])
-            yield Tokens(self.ids[begin:end].astype(np.int64), self.starts[first:last] - begin)
+            # At the end there may be texts left out behind all ids.
+            ends = [begin, end if end < len(self.ids) else end + 1]
+            starts, empty = (
+                places[slice(*np.searchsorted(places, ends))] - begin
+                for places in (self.starts, self.empty)
+            )
+            yield Tokens(self.ids[begin:end].astype(np.int64), starts, empty)
 
-    def documents_before(self, position: int) -> int:
-        """How many documents start before a position."""
-        return int(np.searchsorted(self.starts, position))
+    def before(self, position: int) -> tuple[int, int]:
+        """How many documents start, and how many texts were left out, before a position."""
+        documents, empty = (
+            int(np.searchsorted(places, position)) for places in (self.starts, self.empty)
+        )
+        return documents, empty
 
 
 def tokenizer_signature(tokenizer: Any) -> str | None:

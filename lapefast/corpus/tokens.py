@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -18,10 +18,14 @@ _BATCH_DOCUMENTS = 512
 
 
 class Tokens(NamedTuple):
-    """A stretch of the stream: token ids, int64 [n], and where in it documents start."""
+    """A stretch of the stream: token ids, int64 [n], and where in it documents start.
+
+    `empty` is where texts that are empty or blank would have stood; they are left out.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
+    empty: np.ndarray = np.empty(0, dtype=np.int64)
 
 
 class Tokenisation:
@@ -53,29 +57,36 @@ class Tokenisation:
     def tokens(self, pieces: Iterator[Piece]) -> Iterator[Tokens]:
         """The stream of all documents, with nothing between. Empty and blank texts are left out."""
         texts: list[str] = []
+        empty: list[int] = []  # how many texts stand before each that is left out
         size = 0
         for document in _documents(pieces, self._window):
             whole = isinstance(document, str)
+            if whole and (not document or document.isspace()):
+                empty.append(len(texts))
+                continue
             if whole and self._tokenizer is not None:
                 texts.append(document)
                 size += len(document)
-            if texts and (not whole or len(texts) >= self._batch_documents or size >= self._window):
-                yield self._batch(texts)
-                texts, size = [], 0
+            full = len(texts) + len(empty) >= self._batch_documents or size >= self._window
+            if full or (not whole and (texts or empty)):
+                yield self._batch(texts, empty)
+                texts, empty, size = [], [], 0
             if isinstance(document, Tokens):
                 yield document
             elif self._tokenizer is None:
                 raise InputError("these are texts, which need a tokenizer; none was given")
             elif not whole:
                 yield from self._long(document)
-        if texts:
-            yield self._batch(texts)
+        if texts or empty:
+            yield self._batch(texts, empty)
 
-    def _batch(self, texts: list[str]) -> Tokens:
-        documents = self._call(texts, self._special_tokens)["input_ids"]
+    def _batch(self, texts: list[str], empty: Sequence[int] = ()) -> Tokens:
+        documents = self._call(texts, self._special_tokens)["input_ids"] if texts else []
         lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
         ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum())
-        return Tokens(ids, np.cumsum(lengths) - lengths)
+        ends = np.cumsum(lengths)
+        places = np.append(0, ends)[np.array(empty, dtype=np.int64)]
+        return Tokens(ids, ends - lengths, places)
 
     def _call(self, texts: list[str], special_tokens: bool, **options: Any) -> Any:
         # verbose=False: the warning about a sequence longer than the model takes is wrong here,
@@ -180,9 +191,7 @@ def _documents(pieces: Iterator[Piece], window: int) -> Iterator[str | Iterator[
         elif not piece.last:
             continue
         else:
-            text = parts[0] if len(parts) == 1 else "".join(parts)
-            if text and not text.isspace():
-                yield text
+            yield parts[0] if len(parts) == 1 else "".join(parts)
         parts, length = [], 0
 
 

@@ -6,7 +6,6 @@ Wang et al., 2024, arXiv 2406.09265.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 from collections import defaultdict
@@ -21,12 +20,12 @@ from tqdm.auto import tqdm
 
 from lapefast import __version__
 from lapefast.detect.sharing.categories import Category, sharing_categories
-from lapefast.detect.sharing.examples import Examples, Prompt, read_examples
+from lapefast.detect.sharing.examples import Examples, Prompt, read_examples, source_name
 from lapefast.detect.sharing.last_tokens import reading_last_tokens
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.random_sets import random_like
-from lapefast.files import existing_file, write_atomically
+from lapefast.evaluate.result_file import ResultFile
 from lapefast.models.bare import evaluating, unwrap
 from lapefast.models.inputs import forward_inputs, input_device
 from lapefast.neurons import Edit, Layout, NeuronSet, deactivate
@@ -35,8 +34,7 @@ from lapefast.steering import steer
 
 __all__ = ["CategoryDeactivation", "CategoryRow", "category_deactivation"]
 
-_FORMAT = "lapefast category deactivation"
-_VERSION = 1
+_FILE = ResultFile("deactivation file", "lapefast category deactivation")
 _UNEDITED = "none"
 
 _Condition = tuple[Category | None, int | None]
@@ -92,27 +90,16 @@ class CategoryDeactivation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON. Raises InputError where the file cannot be written."""
-        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+        _FILE.write(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CategoryDeactivation:
         """Read what `save` wrote. Raises InputError for anything else."""
-        try:
-            content = json.loads(existing_file(path, "deactivation file").read_text("utf-8"))
-            if (content["format"], content["version"]) == (_FORMAT, _VERSION):
-                return cls([CategoryRow(**row) for row in content["rows"]], content["metadata"])
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"the deactivation file {path} is not one of lapefast's, or is cut short or "
-                "damaged; make it again"
-            ) from error
-        raise InputError(
-            f"the deactivation file {path} must be a {_FORMAT} of version {_VERSION}, got "
-            f"{content['format']!r} of version {content['version']!r}"
+        return _FILE.read(
+            path,
+            lambda content: cls(
+                [CategoryRow(**row) for row in content["rows"]], content["metadata"]
+            ),
         )
 
 
@@ -222,6 +209,7 @@ def category_deactivation(
             "values": values,
             "examples": len(parallel.examples),
             "dropped": parallel.dropped,
+            "examples_source": source_name(examples),
             "notes": parallel.notes,
             "random_sets": random_sets,
             "seed": seed,

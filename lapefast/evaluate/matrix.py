@@ -5,10 +5,9 @@ Tang et al., ACL 2024, arXiv 2402.16438, section 4.2.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from lapefast.corpus import open_corpora
 from lapefast.errors import InputError
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.random_sets import random_like
-from lapefast.files import existing_file, write_atomically
+from lapefast.evaluate.result_file import ResultFile
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.inputs import input_device, row_length, vocabulary_size
 from lapefast.neurons import NeuronSet, NeuronSets, deactivate
@@ -30,11 +29,10 @@ from lapefast.profiling.batches import fitting_batch_size
 from lapefast.recording import record
 from lapefast.steering import steer
 
-__all__ = ["PerplexityMatrix", "perplexity_matrix"]
+__all__ = ["UNEDITED", "PerplexityMatrix", "matrix_of_passes", "perplexity_matrix"]
 
-_FORMAT = "lapefast perplexity matrix"
-_VERSION = 1
-_UNEDITED = "none"
+_FILE = ResultFile("matrix file", "lapefast perplexity matrix")
+UNEDITED = "none"
 
 
 @dataclass
@@ -116,8 +114,6 @@ class PerplexityMatrix:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix as JSON. Raises InputError where the file cannot be written."""
         content = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "rows": self.rows,
             "columns": self.columns,
             "nll": self.nll.tolist(),
@@ -126,42 +122,12 @@ class PerplexityMatrix:
             "tokens": self.tokens,
             "metadata": self.metadata,
         }
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+        _FILE.write(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerplexityMatrix:
         """Read what `save` wrote. Raises InputError for anything else."""
-        file = existing_file(path, "matrix file")
-        try:
-            content = json.loads(file.read_text("utf-8"))
-            known = content["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"the matrix file {path} is not one of lapefast's, or is cut short or damaged"
-            ) from error
-        if not known or content.get("version") != _VERSION:
-            raise InputError(
-                f"the matrix file {path} must be a {_FORMAT} of version {_VERSION}, got "
-                f"{content['format']!r} of version {content.get('version')!r}"
-            )
-        try:
-            rows, columns = content["rows"], content["columns"]
-            values = {
-                name: torch.tensor(content[name], dtype=torch.float64)
-                for name in ("nll", "random_nll", "random_range")
-            }
-            shape = (len(rows), len(columns))
-            if any(tuple(value.shape[:2]) != shape for value in values.values()):
-                raise ValueError("shapes differ")
-            return cls(
-                rows, columns, **values, tokens=content["tokens"], metadata=content["metadata"]
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f"the matrix file {path} is damaged: {reason}; make it again"
-            ) from error
+        return _FILE.read(path, _parsed)
 
 
 def perplexity_matrix(
@@ -202,10 +168,10 @@ def perplexity_matrix(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if random_sets < 1:
         raise InputError(f"random_sets must be at least 1, got {random_sets}")
-    if _UNEDITED in neurons.labels:
-        raise InputError(f"a label named {_UNEDITED!r} stands for the unedited model; rename it")
+    if UNEDITED in neurons.labels:
+        raise InputError(f"a label named {UNEDITED!r} stands for the unedited model; rename it")
     neurons = neurons.bind(model)
-    likelihood = TokenLikelihood(model)
+    TokenLikelihood(model)  # refuses what predicts no next token
     texts, about = _read(model, corpora, tokenizer, seq_len, max_tokens, corpus_options)
     longest = max(rows.shape[1] for rows in texts.values())
     batch_size = batch_size or fitting_batch_size(model, longest)
@@ -213,31 +179,12 @@ def perplexity_matrix(
     passes = [NeuronSet({}, None, neurons.layout)]
     for neuron_set in neurons.values():
         passes += [neuron_set, *(random_like(neuron_set, generator) for _ in range(random_sets))]
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(passes) * sum(map(len, texts.values())),
-            desc="perplexity",
-            unit="row",
-            disable=not progress,
-            delay=1,
-        ) as bar,
-    ):
-        measured = torch.stack(
-            [_measure(model, likelihood, one, texts, batch_size, bar) for one in passes]
-        )
-    unedited, edited = measured[:1], measured[1:].view(len(neurons), 1 + random_sets, len(texts))
-    least, largest = edited[:, 1:].amin(1), edited[:, 1:].amax(1)
-    return PerplexityMatrix(
-        rows=[_UNEDITED, *neurons.labels],
-        columns=list(texts),
-        nll=torch.cat([unedited, edited[:, 0]]),
-        random_nll=torch.cat([unedited, edited[:, 1:].mean(1)]),
-        random_range=torch.stack(
-            [torch.cat([unedited, least]), torch.cat([unedited, largest])], dim=-1
-        ),
-        tokens=[rows[:, 1:].numel() for rows in texts.values()],
-        metadata={
+    return matrix_of_passes(
+        model,
+        passes,
+        neurons.labels,
+        {label: rows.split(batch_size) for label, rows in texts.items()},
+        {
             "model": neurons.layout.model,
             "fingerprint": neurons.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -253,29 +200,85 @@ def perplexity_matrix(
             "lapefast": __version__,
             "torch": torch.__version__,
         },
+        progress,
     )
 
 
-def _measure(
+def matrix_of_passes(
     model: nn.Module,
-    likelihood: TokenLikelihood,
-    neurons: NeuronSet,
-    texts: Mapping[str, Tensor],
-    batch_size: int,
-    bar: tqdm,
-) -> Tensor:
-    """Mean negative log-likelihood per text, float64 [texts], with the neurons deactivated."""
-    means = []
-    with steer(model, deactivate(neurons)) if neurons.total else nullcontext():
-        for label, rows in texts.items():
-            total = 0.0
-            for batch in rows.split(batch_size):
-                total += likelihood(batch)
-                if not math.isfinite(total):
-                    raise _not_finite(model, label, batch)
-                bar.update(len(batch))
-            means.append(total / rows[:, 1:].numel())
-    return torch.tensor(means, dtype=torch.float64)
+    passes: Sequence[NeuronSet],
+    labels: Sequence[str],
+    texts: Mapping[str, Sequence[Tensor]],
+    metadata: dict[str, Any],
+    progress: bool,
+) -> PerplexityMatrix:
+    """The matrix of passes over all texts, in each of which some neurons are deactivated.
+
+    Args:
+        model: a causal language model with its head.
+        passes: none, and then for each label its neurons and the random sets in place of them.
+        labels: of the rows after the first.
+        texts: label -> batches of rows of token ids, int64 [rows, length].
+        metadata: of the matrix; its ``random_sets`` says how many there are of each label.
+        progress: show a bar.
+
+    Raises:
+        InputError: the model predicts no next token, a text has rows of one token, or a likelihood
+            is not finite.
+    """
+    likelihood = TokenLikelihood(model)
+    tokens = {label: sum(rows[:, 1:].numel() for rows in texts[label]) for label in texts}
+    for label, predicted in tokens.items():
+        if not predicted:
+            raise InputError(
+                f"label {label!r}: rows must have at least 2 tokens, since the first of a row has "
+                "no prediction, got 1"
+            )
+    rows = sum(len(batch) for batches in texts.values() for batch in batches)
+    measured = torch.empty(len(passes), len(texts), dtype=torch.float64)
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(passes) * rows, desc="perplexity", unit="row", disable=not progress, delay=1
+        ) as bar,
+    ):
+        for row, neurons in zip(measured, passes, strict=True):
+            with steer(model, deactivate(neurons)) if neurons.total else nullcontext():
+                for column, (label, batches) in enumerate(texts.items()):
+                    total = 0.0
+                    for batch in batches:
+                        total += likelihood(batch)
+                        if not math.isfinite(total):
+                            raise _not_finite(model, label, batch)
+                        bar.update(len(batch))
+                    row[column] = total / tokens[label]
+    unedited, edited = (
+        measured[:1],
+        measured[1:].view(len(labels), 1 + metadata["random_sets"], len(texts)),
+    )
+    own, random = edited[:, 0], edited[:, 1:]
+    ends = [torch.cat([unedited, end]) for end in (random.amin(1), random.amax(1))]
+    return PerplexityMatrix(
+        rows=[UNEDITED, *labels],
+        columns=list(texts),
+        nll=torch.cat([unedited, own]),
+        random_nll=torch.cat([unedited, random.mean(1)]),
+        random_range=torch.stack(ends, dim=-1),
+        tokens=list(tokens.values()),
+        metadata=metadata,
+    )
+
+
+def _parsed(content: Mapping[str, Any]) -> PerplexityMatrix:
+    rows, columns = content["rows"], content["columns"]
+    values = {
+        name: torch.tensor(content[name], dtype=torch.float64)
+        for name in ("nll", "random_nll", "random_range")
+    }
+    if any(tuple(value.shape[:2]) != (len(rows), len(columns)) for value in values.values()):
+        raise ValueError("shapes differ")
+    tokens, metadata = content["tokens"], content["metadata"]
+    return PerplexityMatrix(rows, columns, **values, tokens=tokens, metadata=metadata)
 
 
 def _not_finite(model: nn.Module, label: str, batch: Tensor) -> InputError:
@@ -311,9 +314,4 @@ def _read(
         with corpus.rows(row_length(model, corpus.row_length or length), max_tokens) as rows:
             texts[corpus.label] = torch.cat(list(rows))
         about.append(corpus.report.to_json())
-        if texts[corpus.label].shape[1] < 2:
-            raise InputError(
-                f"label {corpus.label!r}: rows must have at least 2 tokens, since the first of a "
-                "row has no prediction, got 1"
-            )
     return texts, about

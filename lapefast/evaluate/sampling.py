@@ -5,9 +5,10 @@ Kojima et al., NAACL 2024, arXiv 2404.02431, section 4: the model writes from no
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from torch import nn
 from lapefast.errors import InputError
 from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.evaluate.random_sets import random_like
+from lapefast.evaluate.result_file import ResultFile
 from lapefast.models.bare import unwrap
 from lapefast.neurons import Edit, NeuronSet, NeuronSets, activate
 from lapefast.profiling.about import about_run
 from lapefast.steering.continuations import continuations
 
 __all__ = ["SampledLanguage", "SampledLanguages", "sampled_languages"]
+
+_FILE = ResultFile("sampling file", "lapefast sampled languages")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,20 @@ class SampledLanguages:
 
     rows: list[SampledLanguage]
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON. Raises InputError where the file cannot be written."""
+        _FILE.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SampledLanguages:
+        """Read what `save` wrote. Raises InputError for anything else."""
+        return _FILE.read(
+            path,
+            lambda content: cls(
+                [SampledLanguage(**row) for row in content["rows"]], content["metadata"]
+            ),
+        )
 
     def to_pandas(self) -> Any:
         """A row per label, as a `pandas.DataFrame`; random: mean, least and largest."""
@@ -165,15 +183,18 @@ def sampled_languages(
     return SampledLanguages(
         rows,
         {
-            "method": neurons.metadata.get("method"),
+            **about_run(model, tokenizer),
+            "neurons_method": neurons.metadata.get("method"),
+            "neurons": {label: neurons[label].total for label in neurons},
+            "values": "medians" if values is None else "given",
             "samples": samples,
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "random_sets": random_sets,
             "seed": seed,
             "batch_size": batch_size,
+            "languages": dict(languages or {}),
             "restrict": restrict,
-            **about_run(model, tokenizer),
         },
     )
 

@@ -105,7 +105,7 @@ class DocumentPass:
         self._longer, self._max_documents, self._progress = longer, max_documents, progress
         self._text = text
         self._bare, self._device = bare_model(model), input_device(model)
-        self._seen = {label: {"documents": 0, "longer": 0} for label in self.labels}
+        self._seen = {label: {"documents": 0, "longer": 0, "empty": 0} for label in self.labels}
 
     def batches(self, label: str) -> Iterator[DocumentBatch]:
         """The label's documents, batch after batch.
@@ -113,9 +113,9 @@ class DocumentPass:
         Raises:
             InputError: the label has no document that can be used.
         """
-        seen = self._seen[label] = {"documents": 0, "longer": 0}
-        used = 0
-        documents = islice(self._opened[label].documents(), self._max_documents)
+        seen = self._seen[label] = {"documents": 0, "longer": 0, "empty": 0}
+        used, corpus = 0, self._opened[label]
+        documents = islice(corpus.documents(), self._max_documents)
         with tqdm(desc=label, unit="doc", disable=not self._progress) as bar:
             for group in _grouped(self._kept(documents, seen), self.batch_size * _SORTED_BATCHES):
                 group.sort(key=lambda one: len(one[1]))
@@ -124,6 +124,7 @@ class DocumentPass:
                     yield self._batch(part)
                     used += len(part)
                     bar.update(len(part))
+        seen["empty"] = corpus.empty
         if not used:
             raise InputError(
                 f"label {label!r} has no document of at most {self.seq_len} tokens; give others "

@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-__all__ = ["commands", "public_name"]
+__all__ = ["BUILT_IN", "commands", "public_name"]
+
+_About = Mapping[str, Any]
+"""Metadata."""
+_Described = Mapping[str, _About]
+_Files = Mapping[str, str]
+_Words = list[str]
+
+BUILT_IN = "built in"
+"""The source of the prompts that `lapefast sweep` has of its own."""
 
 _PROFILE = ("seq_len", "batch_size", "threshold", "dtype", "threads")
+_GENERATED = ("max_new_tokens", "random_sets", "batch_size", "dtype", "seed", "threads")
 _MATRIX = ("batch_size", "max_tokens", "dtype", "random_sets", "seed", "threads")
 # Options of `lapefast identify` by method, by the names of the parameters.
 _METHODS = {
@@ -22,7 +32,7 @@ _RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
 _IDENTIFY = (*_RATES, "form", "over")
 
 
-def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> list[str]:
+def commands(described: _Described, files: _Files) -> list[str]:
     """The commands that made the files, as far as their settings tell.
 
     Args:
@@ -31,7 +41,6 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
     """
     lines = []
     for name, metadata in described.items():
-        model = public_name(metadata.get("model") or "MODEL")
         if name not in files:
             continue
         if name == "profile" and "runs" not in metadata:
@@ -47,7 +56,7 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
                 and not (until or {}).get("reached")
             ):
                 options.append(f"--max-tokens={max(one['tokens'] for one in given)}")
-            lines.append(["profile", model, *corpora, *options, "-o", files[name]])
+            lines.append(["profile", _model(metadata), *corpora, *options, "-o", files[name]])
         elif metadata.get("method") == "lape" and "profile" in files:
             options = _options(metadata.get("parameters") or {}, _IDENTIFY)
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
@@ -55,22 +64,8 @@ def commands(described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str
             lines.append(["identify", *_method(metadata), "-o", files[name]])
             details = files.get(f"{metadata['method']} in full")
             lines[-1] += ["--details", details] if details else []
-        elif name == "matrix":
-            neurons = _neurons(described, files, metadata.get("neurons_method"))
-            texts = _corpora(metadata) or [
-                f"--corpus={label}=SOURCE" for label in metadata.get("seq_len", ())
-            ]
-            lengths = sorted(set(metadata.get("seq_len", {}).values()))
-            options = [f"--seq-len={lengths[0]}"] if len(lengths) == 1 else []
-            options += _options(metadata, _MATRIX)
-            lines.append(
-                ["evaluate", model, "--neurons", neurons, *texts, *options, "-o", files[name]]
-            )
-    if "sweep" in files and "profile" in files:
-        neurons = _neurons(described, files)
-        model = next((one["model"] for one in described.values() if one.get("model")), "MODEL")
-        given = ["--neurons", neurons, "--profile", files["profile"]]
-        lines.append(["sweep", public_name(model), *given, "-o", files["sweep"]])
+        elif name in _EVALUATIONS:
+            lines.append([*_EVALUATIONS[name](metadata, described, files), "-o", files[name]])
     return [shlex.join(["lapefast", *line]) for line in lines]
 
 
@@ -98,14 +93,14 @@ def _method(metadata: Mapping[str, Any]) -> list[str]:
         for threshold in sorted({*(parameters.pop("threshold", None) or {}).values()}):
             options.append(f"--score-threshold={threshold}")
     if method == "sharing":
-        options.append("--examples=EXAMPLES")
+        options.append(f"--examples={metadata.get('examples_source') or 'EXAMPLES'}")
     if method == "experts":
         if parameters.get("top") is not None:
             options.append(f"--high={parameters['top']}")
         options += ["--only"] * bool(parameters.get("only"))
     options += _options(parameters, _METHODS[method])
     return [
-        public_name(metadata.get("model") or "MODEL"),
+        _model(metadata),
         *options,
         *_options(metadata, ("seq_len", "max_documents", "batch_size", "dtype", "threads")),
         *(
@@ -117,6 +112,89 @@ def _method(metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _matrix(metadata: _About, described: _Described, files: _Files) -> _Words:
+    neurons = _neurons(described, files, metadata.get("neurons_method"))
+    texts = _corpora(metadata) or [
+        f"--corpus={label}=SOURCE" for label in metadata.get("seq_len", ())
+    ]
+    lengths = sorted(set(metadata.get("seq_len", {}).values()))
+    options = [f"--seq-len={lengths[0]}"] if len(lengths) == 1 else []
+    given = ["--neurons", neurons, *_labels(metadata, "neurons"), *texts]
+    given += [*options, *_options(metadata, _MATRIX)]
+    return ["evaluate", _model(metadata), *given]
+
+
+def _pruning(metadata: _About, described: _Described, files: _Files) -> _Words:
+    experts = ["--experts", files.get("experts in full", "EXPERTS")]
+    form = [f"--rate={metadata['rate']}", f"--form={metadata['pruning']}"]
+    given = [*_labels(metadata, "experts"), *_corpora(metadata)]
+    given += _options(metadata, ("seq_len", *_MATRIX))
+    return ["prune", _model(metadata), *experts, *form, *given]
+
+
+def _deactivation(metadata: _About, *_: Any) -> _Words:
+    examples = f"--examples={metadata.get('examples_source') or 'EXAMPLES'}"
+    options = _options(metadata, ("threshold", "values", *_MATRIX))
+    return ["categories", _model(metadata), examples, *options]
+
+
+def _sweep(metadata: _About, described: _Described, files: _Files) -> _Words:
+    given = ["--neurons", _neurons(described, files, metadata.get("neurons_method"))]
+    given += ["--profile", files.get("profile", "PROFILE")]
+    given += [] if metadata.get("pairs") else _labels(metadata, "neurons")
+    if metadata.get("prompts_source") != BUILT_IN:
+        given.append(f"--prompts={metadata.get('prompts_source') or 'PROMPTS'}")
+    given += [f"--pair={source}={target}" for source, target in metadata.get("pairs") or ()]
+    given += _corpora(metadata)
+    shifted = metadata.get("shift_layers") or ()
+    given += [f"--shift-layer={layer}" for layer in shifted]
+    capped = [one["tokens"] for one in metadata.get("corpora") or () if one.get("capped")]
+    given += [f"--max-tokens={max(capped)}"] if capped else []
+    given += [*_options(metadata, ("strength", "seq_len", "where")), *_generation(metadata)]
+    # A file of before there were settings names no model; the others do.
+    named = [metadata, *described.values()]
+    return ["sweep", _model(next((one for one in named if one.get("model")), {})), *given]
+
+
+def _sampled(metadata: _About, described: _Described, files: _Files) -> _Words:
+    method, means = metadata.get("neurons_method"), metadata.get("values") == "given"
+    neurons = files.get(f"{method} in full") if not means else None
+    given = ["--neurons", neurons or _neurons(described, files, method)]
+    given += ["--profile", files.get("profile", "PROFILE")] if means else []
+    given += _labels(metadata, "neurons")
+    given += [*_options(metadata, ("samples", "temperature")), *_generation(metadata)]
+    return ["sample", _model(metadata), *given]
+
+
+def _generation(metadata: _About) -> _Words:
+    """How texts were generated, and how their languages were told."""
+    codes = metadata.get("languages") or {}
+    return [
+        *(f"--language={label}={code}" for label, code in codes.items()),
+        *["--any-language"] * (metadata.get("restrict") is False),
+        *_options(metadata, _GENERATED),
+    ]
+
+
+_EVALUATIONS = {
+    "matrix": _matrix,
+    "sweep": _sweep,
+    "sampled": _sampled,
+    "pruning": _pruning,
+    "deactivation": _deactivation,
+}
+
+
+def _model(metadata: _About) -> str:
+    return public_name(metadata.get("model") or "MODEL")
+
+
+def _labels(metadata: _About, entry: str) -> _Words:
+    """The labels that an entry has something of."""
+    labels = list(metadata.get(entry) or ())
+    return [f"--labels={','.join(labels)}"] if labels else []
+
+
 def _corpora(metadata: Mapping[str, Any]) -> list[str]:
     return [
         f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}"
@@ -124,9 +202,7 @@ def _corpora(metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _neurons(
-    described: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], method: str | None = None
-) -> str:
+def _neurons(described: _Described, files: _Files, method: str | None = None) -> str:
     """The neuron file of a method, or the only one there is; else a word in its place."""
     sets = [name for name in described if _is_sets(name, files)]
     found = [name for name in sets if described[name].get("method") == method]
@@ -134,14 +210,12 @@ def _neurons(
     return files[chosen[0]] if len(chosen) == 1 else "NEURONS"
 
 
-def _is_sets(name: str, files: Mapping[str, str]) -> bool:
-    return name in files and name not in (
-        *("profile", "matrix", "sweep"),
-        *("experts in full", "sharing in full"),
-    )
+def _is_sets(name: str, files: _Files) -> bool:
+    no_sets = name == "profile" or name in _EVALUATIONS or name.endswith(" in full")
+    return name in files and not no_sets
 
 
-def _options(metadata: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+def _options(metadata: _About, names: tuple[str, ...]) -> _Words:
     return [
         f"--{name.replace('_', '-')}={metadata[name]}"
         for name in names

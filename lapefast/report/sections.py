@@ -17,6 +17,7 @@ from lapefast.report.figures import experts as expert_figures
 from lapefast.report.figures import lape as lape_figures
 from lapefast.report.figures import matrix as matrix_figures
 from lapefast.report.figures import neurons as neuron_figures
+from lapefast.report.figures import sampling as sampling_figures
 from lapefast.report.figures import sharing as sharing_figures
 from lapefast.report.figures import stability as stability_figures
 from lapefast.report.figures import sweep as sweep_figures
@@ -26,8 +27,12 @@ from lapefast.report.figures.methods import methods
 if TYPE_CHECKING:
     from lapefast.detect import Sharing
     from lapefast.detect.experts import Experts
-    from lapefast.evaluate.matrix import PerplexityMatrix
-    from lapefast.evaluate.sweep import PairSummary
+    from lapefast.evaluate import (
+        CategoryDeactivation,
+        PerplexityMatrix,
+        SampledLanguages,
+        Sweep,
+    )
     from lapefast.neurons import NeuronSets
     from lapefast.profiles import Profile
 
@@ -44,19 +49,25 @@ class Inputs:
         profile: counts of the labels' texts.
         neurons: name -> neuron sets; several are compared.
         matrix: the perplexity matrix.
-        pairs: the summary of a sweep.
+        sweep: steering of each label to each.
+        sampled: texts from an empty prompt.
         experts: how often each label's tokens choose each.
+        pruning: the perplexity matrix of experts pruned.
         sharing: categories of neurons by how many labels share them.
-        files: what each came from, for the commands: "profile", "matrix", "sweep",
-            "experts in full", "sharing in full", or a name of `neurons` -> base name.
+        deactivation: what becomes of answers without each category.
+        files: what each came from, for the commands: a name of `described`, or another method's
+            name with " in full" -> base name.
     """
 
     profile: Profile | None = None
     neurons: Mapping[str, NeuronSets] = field(default_factory=dict)
     matrix: PerplexityMatrix | None = None
-    pairs: Sequence[PairSummary] | None = None
+    sweep: Sweep | None = None
+    sampled: SampledLanguages | None = None
     experts: Experts | None = None
+    pruning: PerplexityMatrix | None = None
     sharing: Sharing | None = None
+    deactivation: CategoryDeactivation | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     def model(self) -> str | None:
@@ -68,7 +79,9 @@ class Inputs:
     def described(self) -> dict[str, Mapping[str, Any]]:
         """Name -> metadata, of those that have some."""
         known = {"profile": self.profile, **self.neurons, "matrix": self.matrix}
-        known |= {"experts in full": self.experts, "sharing in full": self.sharing}
+        known |= {"sweep": self.sweep, "sampled": self.sampled}
+        known |= {"experts in full": self.experts, "pruning": self.pruning}
+        known |= {"sharing in full": self.sharing, "deactivation": self.deactivation}
         return {name: one.metadata for name, one in known.items() if one is not None}
 
 
@@ -111,13 +124,31 @@ def _sections(inputs: Inputs) -> Iterator[Section | None]:
     yield from _distributions(inputs)
     if inputs.matrix is not None:
         yield Section("Perplexity", figures=[matrix_figures.changes(inputs.matrix)])
-    if inputs.pairs:
-        drawn = [sweep_figures.rates(inputs.pairs), sweep_figures.kinds(inputs.pairs)]
-        yield Section("Steering", figures=[one for one in drawn if one is not None])
+    if inputs.sweep is not None:
+        pairs = inputs.sweep.summary()
+        yield Section(
+            "Steering", figures=_drawn(sweep_figures.rates(pairs), sweep_figures.kinds(pairs))
+        )
+    if inputs.sampled is not None:
+        yield Section("Texts from nothing", figures=[sampling_figures.languages(inputs.sampled)])
     if inputs.experts is not None:
         yield _experts(inputs.experts)
+    if inputs.pruning is not None:
+        pruned = matrix_figures.changes(inputs.pruning, "pruning")
+        own = matrix_figures.own_texts(inputs.pruning)
+        yield Section("Pruning of experts", figures=_drawn(pruned, own))
     if inputs.sharing is not None:
         yield _sharing(inputs.sharing)
+    if inputs.deactivation is not None:
+        figures = [
+            sharing_figures.deactivations(inputs.deactivation, quantity, f"deactivation-{quantity}")
+            for quantity in ("accuracy", "nll")
+        ]
+        yield Section("Categories deactivated", figures=figures)
+
+
+def _drawn(*figures: Figure | None) -> list[Figure]:
+    return [one for one in figures if one is not None]
 
 
 def _measured(inputs: Inputs) -> Section:
@@ -129,7 +160,7 @@ def _measured(inputs: Inputs) -> Section:
         [name, setting, _brief(value)]
         for name, metadata in inputs.described().items()
         for setting, value in _flat(metadata)
-        if setting not in ("corpora", "notes") and value is not None
+        if setting not in ("corpora", "notes") and value not in (None, {}, [])
     ]
     settings += [
         [name, "note", str(note)]
@@ -145,34 +176,44 @@ def _measured(inputs: Inputs) -> Section:
 
 def _texts(inputs: Inputs) -> Table:
     """What each input was measured on, label by label; columns that would be empty are left out."""
-    rows = []
-    for name, metadata in inputs.described().items():
+    rows, described = [], inputs.described()
+    for name, metadata in described.items():
         corpora = metadata.get("corpora") or ()
+        method, full, _ = name.partition(" in full")
+        if full and corpora == described.get(method, {}).get("corpora"):
+            continue  # they stand there already, with the neurons
         tokens: dict[str, int] = {}
         if name == "profile":
             tokens = dict(zip(inputs.profile.labels, inputs.profile.tokens.tolist(), strict=True))
-        elif name == "matrix":
-            tokens = dict(zip(inputs.matrix.columns, inputs.matrix.tokens, strict=True))
+        elif name in ("matrix", "pruning"):
+            matrix = getattr(inputs, name)
+            tokens = dict(zip(matrix.columns, matrix.tokens, strict=True))
+        prompts = metadata.get("prompts") or {}
         done = {"cut": "cut", "drop": "dropped"}.get(metadata.get("longer"), "")
-        for label in dict.fromkeys([*tokens, *(one["label"] for one in corpora)]):
+        for label in dict.fromkeys([*tokens, *prompts, *(one["label"] for one in corpora)]):
             own = [one for one in corpora if one["label"] == label]
-            documents, longer = (
+            documents, longer, empty = (
                 sum(one[key] for one in own) if own and all(key in one for one in own) else None
-                for key in ("documents", "longer")
+                for key in ("documents", "longer", "empty")
             )
             sources = [public_name(one["source"]) for one in own if one.get("source") is not None]
+            if label in prompts and metadata.get("prompts_source"):
+                sources.append(metadata["prompts_source"])
             rows.append(
                 [
                     name,
                     label,
                     tokens.get(label),
+                    prompts.get(label),
                     documents,
+                    empty,
                     None if longer is None else f"{longer} {done}".strip(),
                     ", ".join(dict.fromkeys(sources)) or None,
                 ]
             )
-    header = ["of", "label", "tokens", "documents", "longer documents", "corpora"]
-    kept = [place for place in range(6) if any(row[place] is not None for row in rows)]
+    header = ["of", "label", "tokens", "prompts", "documents", "empty texts"]
+    header += ["longer documents", "corpora"]
+    kept = [place for place in range(8) if any(row[place] is not None for row in rows)]
     return Table([header[one] for one in kept], [[row[one] for one in kept] for row in rows])
 
 
@@ -250,8 +291,9 @@ def _experts(experts: Experts) -> Section:
             similarity,
             "Similarity of labels",
             "Cosine similarity of two labels' frequencies of experts; similar labels stand "
-            "together.",
+            "together, beside the families of their languages where these are known.",
             "experts-similarity",
+            experts.families(),
         ),
         expert_figures.similarities(
             order,
@@ -298,13 +340,32 @@ def _sharing(sharing: Sharing) -> Section:
                 "largest of a prompt.",
             )
         )
+    if sharing.effective is not None:
+        figures.append(
+            sharing_figures.categories(
+                names,
+                *(of.numpy().T for of in sharing.effective.over_labels()),
+                "sharing-effective",
+                "Effective scores of each category",
+                "How far the neurons of a category push the residual stream of a prompt's last "
+                "token towards its answer: the sum of their effective scores in a layer. Line: the "
+                "mean over prompts; band: from the least to the largest of a prompt.",
+                amount="sum of effective scores",
+            )
+        )
     return Section("Sharing", figures=figures)
 
 
 def _check(inputs: Inputs) -> None:
-    given = (inputs.profile, inputs.matrix, inputs.pairs, inputs.experts, inputs.sharing)
-    if not inputs.neurons and all(one is None for one in given):
+    if not inputs.described():
         raise InputError("a report needs something to report; give a profile or neurons, say")
+    for name, of_experts in (("matrix", False), ("pruning", True)):
+        matrix = getattr(inputs, name)
+        if matrix is not None and ("pruning" in matrix.metadata) != of_experts:
+            raise InputError(
+                "a matrix of neurons deactivated is a report's matrix, and one of experts pruned "
+                "its pruning; they were given the other way"
+            )
     prints = {name: one.get("fingerprint") for name, one in inputs.described().items()}
     prints |= {name: one.fingerprint for name, one in inputs.neurons.items()}
     known = {name: value for name, value in prints.items() if value}

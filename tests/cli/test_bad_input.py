@@ -129,7 +129,7 @@ def test_one_label_only(lapefast, made, tmp_path):
     [
         (b"", "is empty"),
         (b"not a profile", "not one of lapefast's files"),
-        (b'{"nll": []}', "not one of lapefast's"),
+        (b'{"format": "lapefast perplexity matrix", "version": 9}', "version 9"),
         (b'{"some": "json"}', "not a neuron file"),
         (b"PK\x03\x04 and no more", "torch-saved"),
         (b"12345678{ and no more", "not a profile"),

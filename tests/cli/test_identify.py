@@ -16,6 +16,10 @@ SMALL = {
     "average-precision": ["--top", "9", "--bottom", "9"],
     "experts": ["--experts", "8", "--high", "0.2", "--only"],
 }
+TEXTS = ["--corpus", "en=x", "--corpus", "zh=x"]
+AVERAGE_PRECISION = ["--method", "average-precision", *TEXTS]
+EXPERTS = ["--method", "experts", *TEXTS]
+PLND = ["--method", "plnd", *TEXTS]
 
 
 @pytest.fixture
@@ -84,10 +88,30 @@ def test_sharing_reads_parallel_examples(lapefast, made, tmp_path):
         (["--method", "sharing"], "give them by --examples"),
         (["--method", "experts"], "give them by --corpus"),
         (["--method", "experts", "--corpus", "en=x", "--details", "n.json"], "are one file"),
+        (["--method", "sharing", "--examples", "e", "--seq-len", "9"], "sharing reads --examples"),
+        (["--method", "sharing", "--examples", "e"], "cannot read the example file e"),
+        (["--method", "sharing", "--examples", "/dev/null"], "at least two, got none"),
+        (["--method", "sharing", "--examples", "e", "--threshold", "nan"], "a finite number"),
+        ([*EXPERTS, "--share", "1.5"], "share must be over 0"),
+        ([*EXPERTS, "--high", "0"], "high must be over 0"),
+        ([*EXPERTS, "--form", "released"], "experts has one form"),
+        (["--method", "average-precision", "--corpus", "en=x"], "at least two labels"),
+        ([*AVERAGE_PRECISION, "--top", "0", "--bottom", "0"], "both 0"),
+        ([*AVERAGE_PRECISION, "--details", "d.json"], "must end in .safetensors"),
+        (["--method", "plnd", "--corpus", "en=x"], "at least two"),
+        ([*PLND, "--kinds", "ffn,up"], "kinds must be some of"),
+        ([*PLND, "--top-ffn", "9"], "give both --top-ffn and --top-attention"),
+        (
+            [*PLND, "--top-ffn", "9", "--top-attention", "9", "--score-threshold", "1"],
+            "one of them",
+        ),
     ],
 )
-def test_what_a_method_does_not_take_is_refused(lapefast, tmp_path, monkeypatch, arguments, said):
+def test_what_a_method_does_not_take_is_refused_before_the_model_is_loaded(
+    lapefast, tmp_path, monkeypatch, arguments, said
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lapefast.engines.transformers.load_tokenizer", None)
     result = lapefast("identify", "some-model", "-o", "n.json", *arguments)
     assert result.code == 2
     assert said in result.err

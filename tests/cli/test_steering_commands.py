@@ -155,7 +155,12 @@ def test_sweep_writes_generations_and_prints_a_summary(lapefast, made, files, tm
         *("--max-new-tokens", 4, *corpora, "--seq-len", 32, "--max-tokens", 512, *ALIKE),
     )
     assert result.code == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    about, *rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert about["metadata"]["prompts_source"] == "prompts.jsonl"
+    assert about["metadata"]["strength"] == 1.0
+    shown = lapefast("info", output)
+    assert "prompts.jsonl" in shown.out
+    assert "diffmean" in shown.out
     each = 3
     count = {kind: sum(row["kind"] == kind for row in rows) for kind in ("edited", "unedited")}
     assert count == {"edited": 2 * each, "unedited": 2 * each}
@@ -193,7 +198,7 @@ def test_sweep_takes_prompts_and_languages_of_labels_of_any_name(lapefast, made,
     refused(lapefast(*command), "'english' is no language")
     assert not (tmp_path / "sweep.jsonl").exists()
     assert lapefast(*command, "--language", "english=en", "--any-language").code == 0
-    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 2
 
 
 def test_sweep_refuses_a_label_without_neurons(lapefast, made, files, tmp_path):

@@ -285,6 +285,42 @@ def test_rows_before_the_start_are_counted_and_not_handed_out(
     assert corpus.report.documents == whole.documents
 
 
+def blank_lines(documents: list[str]) -> list[str | None]:
+    """The documents, with a text that is empty or blank, or none, before every third."""
+    return [
+        text
+        for number, document in enumerate(documents)
+        for text in (*[["", " \t", None][number % 9 // 3]][number % 3 :], document)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["list", "lines", "JSON lines"])
+@pytest.mark.parametrize("max_tokens", [SEQ_LEN, 5000, None])
+def test_texts_that_are_empty_are_counted_up_to_the_last_row(
+    kind: str, max_tokens: int | None, tokenizer: Any, documents: list[str], tmp_path: Path
+) -> None:
+    given = blank_lines(documents)
+    source = {
+        "list": lambda: given,
+        "lines": lambda: write(tmp_path / "t.txt", lines([text or "" for text in given])),
+        "JSON lines": lambda: write(tmp_path / "t.jsonl", json_lines(given)),
+    }[kind]()
+    corpus = Corpus("en", source, tokenizer, token_cache=tmp_path / "cache")
+    for _ in range(2):  # from the text, and from the cache where the source can be kept
+        taken(corpus, SEQ_LEN, max_tokens)
+        read = corpus.report.documents
+        expected = sum(number % 3 == 0 for number in range(read))
+        assert 0 < read <= len(documents)
+        assert corpus.report.empty == corpus.report.to_json()["empty"] == expected
+    assert any((tmp_path / "cache").glob("*.npy")) == (kind != "list")
+    if max_tokens != SEQ_LEN:
+        whole = corpus.report
+        taken(corpus, SEQ_LEN, max_tokens, start=2)
+        assert corpus.report.empty == whole.empty
+    assert len(list(corpus.documents())) == len(documents)
+    assert corpus.empty == len(given) - len(documents)
+
+
 def test_the_report_accounts_for_what_was_taken_so_far(
     tokenizer: Any, documents: list[str]
 ) -> None:

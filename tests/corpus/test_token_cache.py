@@ -37,9 +37,9 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     batch, calls = Tokenisation._batch, []
 
-    def counting(self: Tokenisation, texts: list[str]) -> Any:
+    def counting(self: Tokenisation, texts: list[str], *empty: Any) -> Any:
         calls.append(len(texts))
-        return batch(self, texts)
+        return batch(self, texts, *empty)
 
     monkeypatch.setattr(Tokenisation, "_batch", counting)
     return calls

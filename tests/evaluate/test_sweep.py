@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lapefast as lf
 from lapefast import demo
 from lapefast.errors import InputError
-from lapefast.evaluate import sweep
+from lapefast.evaluate import Sweep, sweep
 from lapefast.evaluate.likelihood import TokenLikelihood
 from lapefast.evaluate.random_sets import random_like
 from lapefast.models import find_sites
@@ -23,8 +23,8 @@ from lapefast.neurons.layout import Layout
 from lapefast.steering import Shift
 from lapefast.steering.continuations import continuations
 
-# The package's attribute of this name is the function.
-module = importlib.import_module("lapefast.evaluate.sweep")
+# Of the packages' attributes of this name one is the function.
+plan = importlib.import_module("lapefast.evaluate.sweep.plan")
 
 VOCABULARY, WIDTH = 50, 24
 PROMPTS = {"en": ["bcd efg", "hij"], "zh": ["klmnop q", "rs"]}
@@ -219,7 +219,7 @@ def test_equal_edits_of_equal_prompts_are_generated_once(model, neurons, profile
         asked.append(len(requests))
         return continuations(model, requests, **options)
 
-    monkeypatch.setattr(module, "continuations", spy)
+    monkeypatch.setattr(plan, "continuations", spy)
     same = NeuronSets({"en": neurons["en"], "zh": neurons["en"]}, neurons.layout)
     prompts = {"en": PROMPTS["en"], "zh": PROMPTS["en"]}
     found = run(model, same, profile, prompts=prompts, random_sets=0)
@@ -235,7 +235,7 @@ def test_random_sets_have_the_same_size_in_every_layer(model, neurons, profile, 
         drawn.append((neurons, random_like(neurons, generator)))
         return drawn[-1][1]
 
-    monkeypatch.setattr(module, "random_like", spy)
+    monkeypatch.setattr(plan, "random_like", spy)
     run(model, neurons, profile, random_sets=3)
     assert len(drawn) == 2 * 3
     assert all(
@@ -278,10 +278,13 @@ def test_without_random_sets_and_means_there_is_nothing_of_them(model, neurons, 
     )
 
 
-def test_a_saved_sweep_is_a_line_of_json_per_generation(model, neurons, profile, tmp_path):
+def test_a_saved_sweep_is_a_line_of_json_per_generation_after_its_settings(
+    model, neurons, profile, tmp_path
+):
     found = run(model, neurons, profile)
     found.save(tmp_path / "sweep.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    about, *lines = map(json.loads, (tmp_path / "sweep.jsonl").read_text().splitlines())
+    assert about["metadata"] == found.metadata
     assert len(lines) == len(found.rows)
     assert list(lines[0]) == [
         *("source", "target", "kind", "set", "prompt", "text", "tokens", "language", "nll")
@@ -289,11 +292,24 @@ def test_a_saved_sweep_is_a_line_of_json_per_generation(model, neurons, profile,
     assert [line["nll"] for line in lines] == [row.nll for row in found.rows]
 
 
+def test_a_sweep_is_read_as_it_was_written(model, neurons, profile, means, tmp_path):
+    found = run(model, neurons, profile, means=means, pairs=[("en", "zh"), ("zh", "zh")])
+    path = tmp_path / "sweep.jsonl"
+    found.save(path)
+    assert Sweep.load(path) == found
+    assert found.metadata["versions"]["torch"] == torch.__version__
+    assert found.metadata["prompts"] == {"en": 2, "zh": 2}
+    assert found.metadata["pairs"] == [["en", "zh"], ["zh", "zh"]]
+    assert found.metadata["corpora"] == means.metadata["corpora"]
+
+
 def test_prompts_may_be_a_file_of_json_lines(model, neurons, profile, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [{"label": label, "prompt": one} for label, given in PROMPTS.items() for one in given]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert run(model, neurons, profile, prompts=path).rows == run(model, neurons, profile).rows
+    read = run(model, neurons, profile, prompts=path)
+    assert read.rows == run(model, neurons, profile).rows
+    assert read.metadata["prompts_source"] == "prompts.jsonl"
 
 
 def test_the_model_is_left_as_it_was(model, neurons, profile):

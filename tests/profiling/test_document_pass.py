@@ -73,6 +73,16 @@ def test_only_so_many_are_read():
     assert read(text, "en") == dict(enumerate(CORPORA["en"][:4]))
 
 
+@pytest.mark.parametrize(("most", "empty"), [(None, 4), (3, 3), (2, 1), (1, 1)])
+def test_empty_texts_before_the_last_document_are_counted(most, empty):
+    ids = [[], [3, 4], [5], [], [], [6], []]
+    text = DocumentPass(
+        by_name("llama").build(), {"en": ids}, None, max_documents=most, progress=False
+    )
+    assert len(read(text, "en")) == (most or 3)
+    assert text.metadata()["corpora"][0]["empty"] == empty
+
+
 def test_a_batch_is_split_into_its_documents():
     text = DocumentPass(by_name("t5-v1.1").build(), CORPORA, None, batch_size=4, progress=False)
     for batch in text.batches("en"):

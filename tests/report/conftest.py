@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from report_inputs import FINGERPRINT, LABELS, LAYERS, TOKENS, WIDTH
 
 from lapefast.detect import Experts, Sharing, lape
-from lapefast.evaluate import PerplexityMatrix
-from lapefast.evaluate.sweep import Outcome, PairSummary
+from lapefast.evaluate import CategoryDeactivation, PerplexityMatrix, SampledLanguages
+from lapefast.evaluate.categories import CategoryRow
+from lapefast.evaluate.sampling import SampledLanguage
+from lapefast.evaluate.sweep import PairSummary, Sweep, SweepRow
 from lapefast.models.sites import Site
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
@@ -59,20 +64,57 @@ def matrix() -> PerplexityMatrix:
 
 
 @pytest.fixture
-def pairs() -> list[PairSummary]:
-    return [
-        PairSummary(
-            source,
-            target,
-            0,
-            Outcome(0.125, 3.0),
-            Outcome((1 + row + column) / 8, 4.5),
-            [Outcome(0.25, 3.5), Outcome(0.375, 3.25)],
-            None,
-        )
-        for row, source in enumerate(LABELS)
-        for column, target in enumerate(LABELS)
+def sweep() -> Sweep:
+    """Eight prompts of each label: a share of 1 / 8 unedited, and (1 + row + column) / 8 edited."""
+    codes = dict(zip(LABELS, ("en", "zh", "ar", "fr"), strict=True))
+
+    def rows(source, target, kind, index, languages, perplexity):
+        about = source, target, kind, index, "p", "t", [1, 2]
+        return [SweepRow(*about, language, math.log(perplexity)) for language in languages]
+
+    def reached(target, count):
+        return [codes[target]] * count + [None] * (8 - count)
+
+    found, pairs = [], [(source, target) for source in LABELS for target in LABELS]
+    for source in LABELS:
+        languages = [*codes.values(), *[None] * 4]
+        found += rows(source, None, "unedited", None, languages, 3.0)
+    for source, target in pairs:
+        count = 1 + LABELS.index(source) + LABELS.index(target)
+        found += rows(source, target, "edited", None, reached(target, count), 4.5)
+        found += rows(source, target, "random", 0, reached(target, 2), 3.5)
+        found += rows(source, target, "random", 1, reached(target, 3), 3.25)
+    metadata = {"random_sets": 2, "fingerprint": FINGERPRINT, "prompts": dict.fromkeys(LABELS, 8)}
+    return Sweep(pairs, found, dict.fromkeys(pairs, 0), codes, metadata)
+
+
+@pytest.fixture
+def pairs(sweep) -> list[PairSummary]:
+    return sweep.summary()
+
+
+@pytest.fixture
+def sampled() -> SampledLanguages:
+    rows = [
+        SampledLanguage(label, "en", 0.125, (1 + row) / 8, [0.25, 0.375], ["t"] * 8)
+        for row, label in enumerate(LABELS)
     ]
+    return SampledLanguages(rows, {"fingerprint": FINGERPRINT})
+
+
+@pytest.fixture
+def pruning(matrix) -> PerplexityMatrix:
+    return replace(matrix, metadata={**matrix.metadata, "pruning": "frequency", "rate": 0.25})
+
+
+@pytest.fixture
+def deactivation() -> CategoryDeactivation:
+    rows = [
+        CategoryRow(name, label, 4, at * 2.5, 1.0 + at, 1 / (1 + at), random, random)
+        for label in LABELS
+        for at, (name, random) in enumerate([("none", []), ("specific", [0.25, 0.75])])
+    ]
+    return CategoryDeactivation(rows, {"fingerprint": FINGERPRINT})
 
 
 @pytest.fixture

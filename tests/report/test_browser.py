@@ -37,9 +37,10 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture
-def file(profile, neurons, matrix, pairs, tmp_path):
+def file(profile, neurons, matrix, sweep, sampled, pruning, deactivation, tmp_path):
     path = tmp_path / "report.html"
-    write_report(path, Inputs(profile, {"lape": neurons}, matrix, pairs))
+    given = {"sampled": sampled, "pruning": pruning, "deactivation": deactivation}
+    write_report(path, Inputs(profile, {"lape": neurons}, matrix, sweep, **given))
     return path
 
 

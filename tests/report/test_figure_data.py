@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from itertools import combinations
 
@@ -13,7 +12,6 @@ from report_inputs import LABELS, LAYERS, WIDTH
 
 from lapefast.detect import lape
 from lapefast.detect.lape import criteria
-from lapefast.errors import InputError
 from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
 from lapefast.report.figures import experts, sharing, sweep
@@ -22,7 +20,6 @@ from lapefast.report.figures.figure import readable
 from lapefast.report.figures.matrix import changes
 from lapefast.report.figures.methods import methods
 from lapefast.report.figures.neurons import counts, intersections, overlap
-from lapefast.report.sweep_file import read_sweep
 
 LAYOUT = Layout(("a", "b"), {"a": 5, "b": 5})
 
@@ -245,56 +242,3 @@ def test_a_figure_is_saved_as_png_svg_and_csv(tmp_path, matrix):
         header, *rows = csv.reader(file)
     assert header == figure.table.header
     assert [[*row[:2], *map(float, row[2:])] for row in rows] == figure.table.rows
-
-
-def sweep_rows() -> list[dict]:
-    kinds = [("unedited", None, "en"), ("edited", "zh", "zh"), ("random", "zh", "en")]
-    return [
-        {
-            "source": "en",
-            "target": target,
-            "kind": kind,
-            "set": 0 if kind == "random" else None,
-            "prompt": "p",
-            "text": "t",
-            "tokens": [1, 2],
-            "language": language,
-            "nll": 1.0,
-        }
-        for kind, target, language in kinds
-    ]
-
-
-def test_a_sweep_file_is_summed_up(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in sweep_rows()))
-    (pair,) = read_sweep(path)
-    assert (pair.source, pair.target) == ("en", "zh")
-    assert (pair.unedited.share, pair.edited.share, pair.random[0].share) == (0, 1, 0)
-    assert pair.edited.perplexity == pytest.approx(math.e, rel=1e-15)
-    (pair,) = read_sweep(path, {"zh": "fr"})
-    assert pair.edited.share == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no edited text"),
-        ("{", "not a sweep file"),
-        ('{"a": 1}', "not a sweep file"),
-        ("[]", "not a sweep file"),
-        (json.dumps(sweep_rows()[1]), "lacks generations"),
-    ],
-)
-def test_what_is_no_sweep_file_is_refused(tmp_path, text, said):
-    path = tmp_path / "sweep.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=said):
-        read_sweep(path)
-
-
-def test_a_label_that_is_no_language_is_named(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in sweep_rows()))
-    with pytest.raises(InputError, match="'zh' is no language"):
-        read_sweep(path, {"zh": "nothing"})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from html import unescape
+from xml.etree import ElementTree
 
 import pytest
 from report_inputs import LABELS, LAYERS, WIDTH
@@ -108,6 +109,80 @@ def test_the_strongest_shade_is_the_largest_value():
         "0,114,178,0.60",
         "230,159,0,0.60",
     ]
+
+
+def chart(page: str) -> ElementTree.Element:
+    (svg,) = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    return ElementTree.fromstring(svg)
+
+
+def test_a_chart_stands_beside_the_table(profile, neurons, matrix, sweep):
+    shown = {
+        name: chart(one._repr_html_())
+        for name, one in {
+            "profile": profile,
+            "neurons": neurons,
+            "matrix": matrix,
+            "sweep": sweep,
+            "comparison": lf.compare(neurons, neurons),
+        }.items()
+    }
+    count = {name: len(svg.findall("rect")) for name, svg in shown.items()}
+    labels = len(LABELS)
+    assert count == {
+        "profile": labels,
+        "neurons": labels * LAYERS,
+        "matrix": labels**2,
+        "sweep": 1,
+        "comparison": labels**2,
+    }
+    means = [
+        sum(float(profile.counts[one][row].sum()) for one in profile.sites) for row in range(4)
+    ]
+    widths = [float(bar.get("width")) for bar in shown["profile"].findall("rect")]
+    # Written with six digits.
+    assert [one / max(widths) for one in widths] == pytest.approx(
+        [one / max(means) for one in means], rel=1e-5
+    )
+    changes = matrix.changes().flatten()
+    cells = shown["matrix"].findall("rect")
+    blue = [cell.get("fill") == "rgb(0,114,178)" for cell in cells]
+    assert blue == (changes >= 0).tolist()
+    opacities = [float(cell.get("fill-opacity")) for cell in cells]
+    expected = (changes / changes.abs().max()).abs().tolist()
+    assert opacities == pytest.approx(expected, abs=0.005)  # two digits
+    first = shown["matrix"].find("rect/title").text
+    assert first == f"{LABELS[0]}, {LABELS[0]}: {float(changes[0]):+.2f}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (1, 2), (7, 80), (80, 4), (300, 1), (2, 500)]
+)
+def test_names_on_a_chart_lie_within_it_and_do_not_overlap(rows, columns):
+    names = [f"row {row}" for row in range(rows)]
+    page = display.table(
+        "c",
+        ["", *map(str, range(columns))],
+        [[name, *["0"] * columns] for name in names],
+        [[0.5] * columns] * rows,
+    )
+    svg = chart(page)
+    across, down = float(svg.get("width")), float(svg.get("height"))
+    for rect in svg.findall("rect"):
+        assert float(rect.get("x")) + float(rect.get("width")) <= across
+        assert float(rect.get("y")) + float(rect.get("height")) <= down
+    for anchor, axis, apart in (("end", "y", 12), ("middle", "x", 24)):
+        places = [float(t.get(axis)) for t in svg.findall("text") if t.get("text-anchor") == anchor]
+        gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+        assert all(gap >= apart for gap in gaps)
+        assert len(places) >= (anchor == "end" or columns > 1)
+
+
+def test_a_table_without_shades_has_no_chart(profile):
+    assert "<svg" not in display.table("c", ["h"], [["0"]])
+    assert "<svg" not in display.table("c", ["h"], [], [])
+    empty = Profile(LABELS, profile.site_info, {"decoder": profile.tokens * 0}, {})
+    assert "<svg" not in empty._repr_html_()
 
 
 def test_showing_loads_neither_pandas_nor_matplotlib():

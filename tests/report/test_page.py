@@ -25,15 +25,20 @@ SCRIPT = LABELS[3]
 
 
 @pytest.fixture
-def inputs(profile, neurons, matrix, pairs, experts, sharing) -> Inputs:
+def inputs(
+    profile, neurons, matrix, sweep, sampled, experts, pruning, sharing, deactivation
+) -> Inputs:
     other = NeuronSets({LABELS[0]: neurons[LABELS[1]]}, neurons.layout, {"method": "plnd"})
     return Inputs(
         profile,
         {"lape": neurons, "plnd": other},
         matrix,
-        pairs,
+        sweep,
+        sampled,
         experts,
+        pruning,
         sharing,
+        deactivation,
         {"profile": "p.safetensors", "lape": "n.json", "matrix": "m.json"},
     )
 
@@ -57,8 +62,11 @@ def test_every_input_has_its_section(page):
         "Distributions and thresholds of LAPE",
         "Perplexity",
         "Steering",
+        "Texts from nothing",
         "Experts",
+        "Pruning of experts",
         "Sharing",
+        "Categories deactivated",
     ]
 
 
@@ -67,9 +75,12 @@ def test_every_input_has_its_section(page):
     [
         ("profile", ["Distributions and thresholds of LAPE, with its published constants"]),
         ("matrix", ["Perplexity"]),
-        ("pairs", ["Steering"]),
+        ("sweep", ["Steering"]),
+        ("sampled", ["Texts from nothing"]),
         ("experts", ["Experts"]),
+        ("pruning", ["Pruning of experts"]),
         ("sharing", ["Sharing"]),
+        ("deactivation", ["Categories deactivated"]),
     ],
 )
 def test_what_was_not_given_is_absent(inputs, tmp_path, kept, found):
@@ -121,7 +132,7 @@ def test_no_two_elements_have_one_id_and_every_reference_is_met(page):
 
 def test_every_figure_has_a_caption_a_description_and_its_data(page):
     figures = re.findall("<figure.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 14
+    assert len(figures) == 19
     for figure in figures:
         (svg,) = re.findall("<svg.*?</svg>", figure, re.DOTALL)
         root = ElementTree.fromstring(svg)
@@ -181,18 +192,32 @@ def test_figures_of_several_methods_carry_their_names(inputs):
 
 def test_texts_of_every_input_are_listed(inputs):
     documents = [
-        {"label": label, "source": "v.txt", "documents": 9, "longer": 2} for label in LABELS[:2]
+        {"label": label, "source": "v.txt", "documents": 9, "longer": 2, "empty": 1}
+        for label in LABELS[:2]
     ]
     inputs.neurons["plnd"].metadata |= {"corpora": documents, "longer": "cut"}
     inputs.experts.metadata |= {"corpora": documents[:1] * 2, "longer": "drop"}
     table = sections(inputs)[0].tables["Texts"]
-    assert table.header == ["of", "label", "tokens", "documents", "longer documents", "corpora"]
+    names = ["tokens", "prompts", "documents", "empty texts", "longer documents"]
+    assert table.header == ["of", "label", *names, "corpora"]
     assert table.rows == [
-        *(["profile", label, 1000, None, None, f"{at}.txt"] for at, label in enumerate(LABELS)),
-        *(["plnd", label, None, 9, "2 cut", "v.txt"] for label in LABELS[:2]),
-        *(["matrix", label, 9, None, None, None] for label in LABELS),
-        ["experts in full", LABELS[0], None, 18, "4 dropped", "v.txt"],
+        *(
+            ["profile", label, 1000, None, None, None, None, f"{at}.txt"]
+            for at, label in enumerate(LABELS)
+        ),
+        *(["plnd", label, None, None, 9, 1, "2 cut", "v.txt"] for label in LABELS[:2]),
+        *(["matrix", label, 9, None, None, None, None, None] for label in LABELS),
+        *(["sweep", label, None, 8, None, None, None, None] for label in LABELS),
+        ["experts in full", LABELS[0], None, None, 18, 2, "4 dropped", "v.txt"],
+        *(["pruning", label, 9, None, None, None, None, None] for label in LABELS),
     ]
+    both = replace(inputs, neurons={"experts": NeuronSets({}, inputs.neurons["plnd"].layout)})
+    both.neurons["experts"].metadata |= {"corpora": inputs.experts.metadata["corpora"]}
+    rows = sections(both)[0].tables["Texts"].rows
+    assert [row[0] for row in rows if "experts" in row[0]] == ["experts"]
+    inputs.sweep.metadata["prompts_source"] = "p.jsonl"
+    rows = sections(Inputs(sweep=inputs.sweep))[0].tables["Texts"].rows
+    assert rows == [["sweep", label, 8, "p.jsonl"] for label in LABELS]
     table = sections(Inputs(matrix=inputs.matrix))[0].tables["Texts"]
     assert table.header == ["of", "label", "tokens"]
 
@@ -226,16 +251,80 @@ def test_sharing_is_drawn_by_threshold_and_for_what_contributes_most(sharing, tm
     swept = torch.randint(0, 9, (3, 3, 4), generator=generator)
     mean = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64) / 4
     spread = Spread(LABELS[:2], torch.tensor([5, 5]), mean, mean * 0.5, mean * 1.5)
-    given = replace(sharing, thresholds=[0.0, 0.1, 0.25], sweep_counts=swept, contribution=spread)
+    scores = Spread(LABELS[:2], torch.tensor([5, 5]), 40 * mean - 5, 20 * mean - 9, 60 * mean)
+    given = replace(
+        sharing,
+        thresholds=[0.0, 0.1, 0.25],
+        sweep_counts=swept,
+        contribution=spread,
+        effective=scores,
+    )
     (drawn,) = [s for s in sections(Inputs(sharing=given)) if s.title == "Sharing"]
     figures = {figure.name: figure for figure in drawn.figures}
-    assert list(figures) == ["sharing", "sharing-thresholds", "sharing-contribution"]
+    names = ["sharing", "sharing-thresholds", "sharing-contribution", "sharing-effective"]
+    assert list(figures) == names
     shares = given.sweep.mean(1)
     rows = [row for row in figures["sharing-thresholds"].table.rows if row[1] == "specific"]
     assert [row[0] for row in rows] == ["0", "0.1", "0.25"]
     assert [row[2] for row in rows] == pytest.approx(shares[:, 2].tolist())
     rows = [row for row in figures["sharing-contribution"].table.rows if row[1] == "all-shared"]
     assert [row[2] for row in rows] == pytest.approx(spread.over_labels()[0][:, 0].tolist())
+    effective = figures["sharing-effective"]
+    rows = [row for row in effective.table.rows if row[1] == "all-shared"]
+    assert [row[2] for row in rows] == pytest.approx(scores.over_labels()[0][:, 0].tolist())
+    least, largest = (of.min().item() for of in (scores.least, -scores.largest))
+    for axes in effective.draw(True).axes:
+        assert axes.get_ylim()[0] <= least
+        assert axes.get_ylim()[1] >= -largest
     for figure in figures.values():
         figure.save(tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_a_matrix_of_pruning_is_not_taken_for_one_of_neurons(matrix, pruning, tmp_path):
+    for given in (Inputs(matrix=pruning), Inputs(pruning=matrix)):
+        with pytest.raises(InputError, match="the other way"):
+            write_report(tmp_path / "report.html", given)
+
+
+def test_pruning_stands_beside_its_baselines(pruning):
+    changes, own = sections(Inputs(pruning=pruning))[1].figures
+    assert changes.title == "Change of perplexity by pruning"
+    assert "25% of the experts are pruned" in changes.caption
+    assert changes.grids[0].rows[0] == f"pruned for {LABELS[0]}"
+    assert own.table.header[:4] == ["label", "unpruned", "pruned", "random experts"]
+    at = pruning.rows.index(LABELS[2]), pruning.columns.index(LABELS[2])
+    nll = pruning.nll[0, at[1]], pruning.nll[at], pruning.random_nll[at]
+    ends = pruning.random_range[at]
+    assert own.table.rows[2][0] == LABELS[2]
+    assert own.table.rows[2][1:] == pytest.approx([float(one.exp()) for one in (*nll, *ends)])
+
+
+def test_sampled_languages_stand_beside_random_sets(sampled):
+    (figure,) = sections(Inputs(sampled=sampled))[1].figures
+    assert figure.table.rows[1] == [LABELS[1], "en", 0.125, 0.25, 0.3125, 0.25, 0.375]
+    assert figure.grids[0].values[1] == "before 12.5%, after 25.0%, random 25.0% to 37.5%"
+    bars = figure.draw(True).axes[0].containers
+    assert [[bar.get_height() for bar in of] for of in bars[:2]] == [
+        [12.5] * 4,
+        [12.5, 25, 37.5, 50],
+    ]
+
+
+def test_answers_without_a_category_stand_beside_random_sets(deactivation):
+    accuracy, nll = sections(Inputs(deactivation=deactivation))[1].figures
+    assert accuracy.table.rows[0] == ["none", LABELS[0], 4, 0.0, 1.0, None, None]
+    assert accuracy.grids[0].values == ["100.0%", "50.0%, random 25.0% to 75.0%"]
+    assert nll.grids[0].values == ["1", "2, random 0.25 to 0.75"]
+
+
+def test_families_stand_beside_labels_that_are_codes(experts):
+    labels = ["de", "xx", "zh", "en"]
+    named = Experts(labels, experts.clusters, experts.chosen, experts.tokens)
+    similarity = sections(Inputs(experts=named))[1].figures[1]
+    order = named.order()
+    families = {"de": "Germanic", "en": "Germanic", "zh": "Sino-Tibetan", "xx": None}
+    shown = [f"{families[one]}: {one}" if families[one] else one for one in order]
+    assert similarity.grids[0].rows == shown
+    (row,) = [row for row in similarity.table.rows if {row[0], row[1]} == {"de", "zh"}]
+    assert row[3:] == [families[row[0]], families[row[1]]]

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from lapefast.cli import app
-from lapefast.report.commands import commands
+from lapefast.report.commands import BUILT_IN, commands
 
 ABOUT = {
     "model": "/models/some model",
@@ -60,16 +60,105 @@ def test_every_method_s_command_is_taken(method):
         assert (given["high"], given["only"]) == (0.3, True)
 
 
-def test_a_sweep_and_a_threshold_have_theirs():
+def parsed(line: str) -> dict:
+    """What the command line makes of a command."""
+    program, command, *arguments = shlex.split(line)
+    assert program == "lapefast"
+    return typer.main.get_command(app).commands[command].make_context(command, arguments).params
+
+
+def test_a_threshold_of_plnd_has_its_option():
     plnd = {**ABOUT, "method": "plnd", "parameters": {"kinds": ["ffn"], "threshold": {"ffn": 0.5}}}
-    lines = commands(
-        {"profile": ABOUT, "plnd": plnd},
-        {"profile": "p.safetensors", "plnd": "n.json", "sweep": "s.jsonl"},
-    )
-    assert lines[-1] == (
-        "lapefast sweep 'some model' --neurons n.json --profile p.safetensors -o s.jsonl"
-    )
-    assert "--score-threshold=0.5" in lines[1]
+    (line,) = commands({"plnd": plnd}, {"plnd": "n.json"})
+    assert parsed(line)["score_threshold"] == 0.5
+
+
+SWEEP = {
+    "model": "/models/tiny",
+    "dtype": "float32",
+    "threads": 2,
+    "neurons_method": "lape",
+    "neurons": {"en": 3, "chinese": 4},
+    "pairs": None,
+    "prompts": {"en": 2, "chinese": 2},
+    "prompts_source": "p.jsonl",
+    "max_new_tokens": 9,
+    "batch_size": 5,
+    "where": "generated",
+    "random_sets": 3,
+    "languages": {"chinese": "zh"},
+    "restrict": False,
+    "seed": 7,
+}
+
+
+def test_a_sweep_s_command_is_whole():
+    described = {"lape": {"method": "lape"}, "sweep": SWEEP}
+    files = {"profile": "p.safetensors", "lape": "n.json", "sweep": "s.jsonl"}
+    given = parsed(commands(described, files)[-1])
+    assert given["model"] == "tiny"
+    paths = [str(given[one]) for one in ("neurons", "profile", "prompts", "output")]
+    assert paths == ["n.json", "p.safetensors", "p.jsonl", "s.jsonl"]
+    assert (given["labels"], given["language"]) == ("en,chinese", ["chinese=zh"])
+    assert not given["pair"]
+    names = ("max_new_tokens", "batch_size", "where", "random_sets", "seed", "threads", "dtype")
+    assert {name: given[name] for name in names} == {name: SWEEP[name] for name in names}
+    assert given["any_language"]
+    assert not given["corpus"]
+    shifted = {
+        "pairs": [["en", "chinese"]],
+        "prompts_source": BUILT_IN,
+        "corpora": [{"label": "en", "source": "e.txt", "capped": True, "tokens": 64}],
+        "seq_len": 32,
+        "strength": 2.0,
+        "shift_layers": [1, 2],
+    }
+    given = parsed(commands({"sweep": SWEEP | shifted}, files)[-1])
+    assert (given["pair"], given["labels"], given["prompts"]) == (["en=chinese"], None, None)
+    assert (given["corpus"], given["seq_len"], given["max_tokens"]) == (["en=e.txt"], 32, 64)
+    assert (given["strength"], given["shift_layer"]) == (2.0, [1, 2])
+
+
+def test_a_sweep_without_settings_is_of_the_model_of_the_others():
+    described = {"profile": ABOUT, "sweep": {"random_sets": 5}}
+    (_, line) = commands(described, {"profile": "p.safetensors", "sweep": "s.jsonl"})
+    given = parsed(line)
+    assert (given["model"], str(given["prompts"])) == ("some model", "PROMPTS")
+
+
+def test_every_evaluation_s_command_is_taken():
+    about = {**ABOUT, "random_sets": 4, "seed": 3}
+    described = {
+        "sampled": {
+            **about,
+            "neurons_method": "average-precision",
+            "neurons": {"en": 1},
+            "values": "medians",
+            "samples": 8,
+            "max_new_tokens": 6,
+            "temperature": 0.5,
+            "restrict": True,
+        },
+        "pruning": {**about, "pruning": "layers", "rate": 0.3, "experts": {"en": [1], "zh": [2]}},
+        "deactivation": {**about, "threshold": 0.1, "values": "product", "examples_source": "e"},
+    }
+    files = {
+        "average-precision in full": "a.safetensors",
+        "experts in full": "e.safetensors",
+        **{name: f"{name}.json" for name in described},
+    }
+    sampled, pruning, deactivation = map(parsed, commands(described, files))
+    assert (str(sampled["neurons"]), sampled["profile"]) == ("a.safetensors", None)
+    assert (sampled["samples"], sampled["temperature"], sampled["max_new_tokens"]) == (8, 0.5, 6)
+    assert (sampled["labels"], sampled["any_language"]) == ("en", False)
+    assert (str(pruning["experts"]), pruning["rate"]) == ("e.safetensors", 0.3)
+    assert (pruning["form"], pruning["labels"]) == ("layers", "en,zh")
+    assert pruning["corpus"] == ["en=en.txt", "zh=zh.txt"]
+    assert (str(deactivation["examples"]), deactivation["threshold"]) == ("e", 0.1)
+    assert deactivation["values"] == "product"
+    for given, name in zip((sampled, pruning, deactivation), described, strict=True):
+        assert str(given["output"]) == f"{name}.json"
+        assert (given["random_sets"], given["seed"], given["threads"]) == (4, 3, 2)
 
 
 def test_a_matrix_is_of_the_neurons_that_it_was_made_of_or_of_none_that_is_named():

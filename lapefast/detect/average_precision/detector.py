@@ -23,7 +23,12 @@ from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentPass
 from lapefast.sealed import SealedFile
 
-__all__ = ["AveragePrecisionNeurons", "average_precision", "average_precision_scores"]
+__all__ = [
+    "AveragePrecisionNeurons",
+    "average_precision",
+    "average_precision_scores",
+    "check_request",
+]
 
 _FILE = SealedFile(
     "average-precision file", "1", "average_precision", "`lapefast identify --details`"
@@ -223,18 +228,7 @@ def average_precision(
         InputError: fewer than two labels, or what is wrong with the model, the texts, the
             arguments or the disk.
     """
-    if not isinstance(texts, Mapping):
-        raise InputError(f"texts must be a dict from label to texts, got {type(texts).__name__}")
-    if len(texts) < 2:
-        raise InputError(
-            "average precision tells a label's texts from those of others and needs at least two "
-            f"labels, got {', '.join(map(repr, texts)) or 'none'}"
-        )
-    for name, value in (("top", top), ("bottom", bottom)):
-        if type(value) is not int or value < 0:
-            raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
-    if not top + bottom:
-        raise InputError("top and bottom are both 0; ask for some units")
+    check_request(texts, top, bottom)
     text = DocumentPass(
         model,
         texts,
@@ -283,6 +277,22 @@ def average_precision(
             **read,
         },
     )
+
+
+def check_request(texts: Mapping[str, Any], top: int, bottom: int) -> None:
+    """Raises InputError for what is wrong with the arguments whatever the model is."""
+    if not isinstance(texts, Mapping):
+        raise InputError(f"texts must be a dict from label to texts, got {type(texts).__name__}")
+    if len(texts) < 2:
+        raise InputError(
+            "average precision tells a label's texts from those of others and needs at least two "
+            f"labels, got {', '.join(map(repr, texts)) or 'none'}"
+        )
+    for name, value in (("top", top), ("bottom", bottom)):
+        if type(value) is not int or value < 0:
+            raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
+    if not top + bottom:
+        raise InputError("top and bottom are both 0; ask for some units")
 
 
 def _extremes(scores: np.ndarray, top: int, bottom: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from lapefast.sealed import SealedFile
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Experts", "highest_share"]
+__all__ = ["Experts", "check_share", "highest_share"]
 
 _FILE = SealedFile("experts file", "1", "experts", "`lapefast identify --method experts --details`")
 
@@ -289,13 +289,18 @@ def highest_share(frequency: Tensor, share: float) -> Tensor:
     Raises:
         InputError: the share is not over 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise InputError(f"top must be over 0 and at most 1, got {share}")
+    check_share(share, "top")
     flat = frequency.flatten()
     order = flat.argsort(descending=True, stable=True)
     high = torch.zeros_like(flat, dtype=torch.bool)
     high[order[: max(1, round(share * len(flat)))]] = True
     return high.view_as(frequency)
+
+
+def check_share(share: float, name: str) -> None:
+    """Raises InputError unless the share is over 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise InputError(f"{name} must be over 0 and at most 1, got {share}")
 
 
 def _arguments(about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lapefast.detect.experts.result import check_share
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, stacks
 from lapefast.models.groups import token_groups
@@ -116,20 +117,7 @@ class ExpertUse:
         decoder_mask: Tensor | None = None,
         decoder_groups: Tensor | None = None,
     ) -> None:
-        """Say what the tokens of the next forward passes are, as `lapefast.record`'s ``set``.
-
-        Args:
-            label: the label of every token.
-            mask: [batch, length] as the model's attention mask: 0 is padding and counts nowhere.
-                None counts every token.
-            groups: instead of a label, an integer tensor like the input ids: each token's index
-                into ``labels``, or -1.
-            decoder_mask, decoder_groups: the same for the decoder's input of an encoder-decoder.
-
-        Raises:
-            InputError: for an unknown label, an index out of range, or not just one of label and
-                groups.
-        """
+        """Say what the next forward passes' tokens are, as to `lapefast.recording.Recorder.set`."""
         given = label, mask, groups, decoder_mask, decoder_groups
         for name, index in token_groups(self.labels, self._stacks, *given).items():
             self._stacks[name].groups = index.reshape(-1).long()
@@ -232,8 +220,7 @@ def check_choice(share: float, form: str) -> None:
     """Raises InputError, where tokens can't choose by these."""
     if form not in _FORMS:
         raise InputError(f"form must be one of {', '.join(_FORMS)}, got {form!r}")
-    if not 0 < share <= 1:
-        raise InputError(f"share must be over 0 and at most 1, got {share}")
+    check_share(share, "share")
 
 
 class _Members:

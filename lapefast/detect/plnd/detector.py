@@ -21,7 +21,7 @@ from lapefast.neurons import Layout, NeuronSets
 from lapefast.profiling.about import about_run
 from lapefast.profiling.documents import DocumentBatch, DocumentPass
 
-__all__ = ["PLND", "plnd"]
+__all__ = ["PLND", "check_request", "plnd"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +116,7 @@ def plnd(
         InputError: for what is wrong with the model, the documents or the arguments, or a label
             without a document that could be scored.
     """
-    kinds = _check_kinds(kinds)
-    if form not in ("paper", "released"):
-        raise InputError(f"form must be 'paper' or 'released', got {form!r}")
-    if not isinstance(documents, Mapping):
-        raise InputError(
-            f"documents must be a dict from label to documents, got {type(documents).__name__}"
-        )
-    if len(documents) < 2:
-        raise InputError(
-            f"PLND compares labels and needs documents of at least two, got {len(documents)}"
-        )
+    kinds = check_request(documents, kinds, form, top, threshold)
     select = _Selection(model, kinds, top, threshold)
     text = DocumentPass(
         model,
@@ -188,12 +178,40 @@ def plnd(
     )
 
 
+def check_request(
+    documents: Mapping[str, Any],
+    kinds: Sequence[Kind],
+    form: str,
+    top: int | Mapping[Kind, int] | None,
+    threshold: float | Mapping[Kind, float] | None,
+) -> tuple[Kind, ...]:
+    """The kinds; raises InputError for what is wrong with the arguments whatever the model is."""
+    given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not given or len(set(given)) != len(given) or not set(given) <= set(KINDS):
+        raise InputError(f"kinds must be some of {', '.join(KINDS)}, each once, got {kinds!r}")
+    if form not in ("paper", "released"):
+        raise InputError(f"form must be 'paper' or 'released', got {form!r}")
+    if not isinstance(documents, Mapping):
+        raise InputError(
+            f"documents must be a dict from label to documents, got {type(documents).__name__}"
+        )
+    if len(documents) < 2:
+        raise InputError(
+            f"PLND compares labels and needs documents of at least two, got {len(documents)}"
+        )
+    if top is not None and threshold is not None:
+        raise InputError("PLND chooses by top or by threshold; give one of them")
+    _per_kind("threshold", threshold, given)
+    for kind, count in _per_kind("top", top, given).items():
+        if type(count) is not int or count < 1:
+            raise InputError(f"top of {kind} must be an integer of at least 1, got {count!r}")
+    return given
+
+
 class _Selection:
     """Which of a document's neurons are chosen."""
 
     def __init__(self, model: nn.Module, kinds: Sequence[Kind], top: Any, threshold: Any) -> None:
-        if top is not None and threshold is not None:
-            raise InputError("PLND chooses by top or by threshold; give one of them")
         self.notes: list[str] = []
         self._threshold = _per_kind("threshold", threshold, kinds)
         if threshold is None and top is None:
@@ -201,9 +219,6 @@ class _Selection:
             ffn, attention = _RELEASED_TOP.get(family, _RELEASED_TOP["llama"])
             top = {kind: ffn if kind == "ffn" else attention for kind in kinds}
         self._top = _per_kind("top", top, kinds)
-        for kind, count in self._top.items():
-            if type(count) is not int or count < 1:
-                raise InputError(f"top of {kind} must be an integer of at least 1, got {count!r}")
         self.parameters = {"top": self._top} if self._top else {"threshold": self._threshold}
 
     def __call__(self, unit: Unit, scores: Tensor) -> Tensor:
@@ -282,13 +297,6 @@ def _specific(languages: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[s
                 shared &= torch.isin(neurons, other[site])
             found[label][site] = neurons[~shared]
     return found
-
-
-def _check_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not given or len(set(given)) != len(given) or not set(given) <= set(KINDS):
-        raise InputError(f"kinds must be some of {', '.join(KINDS)}, each once, got {kinds!r}")
-    return given
 
 
 def _per_kind(name: str, given: Any, kinds: Sequence[Kind]) -> dict[Kind, Any]:

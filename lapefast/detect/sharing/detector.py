@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lapefast.detect.sharing.categories import Category, count_categories, sharing_categories
-from lapefast.detect.sharing.examples import Examples, ParallelExamples, read_examples
+from lapefast.detect.sharing.examples import (
+    Examples,
+    ParallelExamples,
+    read_examples,
+    source_name,
+)
 from lapefast.detect.sharing.last_tokens import reading_last_tokens
 from lapefast.detect.sharing.result import Sharing, Spread
 from lapefast.errors import InputError
@@ -133,6 +138,7 @@ def sharing(
         **about_run(model, tokenizer),
         "examples": len(parallel.examples),
         "dropped": parallel.dropped,
+        "examples_source": source_name(examples),
         "batch_size": batch_size,
     }
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,19 @@ from lapefast.errors import InputError
 from lapefast.files import existing_file
 from lapefast.models.inputs import context_limit, vocabulary_size
 
-__all__ = ["Examples", "ParallelExamples", "Prompt", "read_examples"]
+__all__ = [
+    "Examples",
+    "ParallelExamples",
+    "Prompt",
+    "parallel_texts",
+    "read_examples",
+    "source_name",
+]
 
 _log = logging.getLogger(__name__)
 
+_Text = tuple[str, str | None]
+"""A prompt, and its answer, if it has one."""
 Examples = Iterable[Mapping[str, Any]] | str | os.PathLike[str]
 """Label -> prompt for each example; or a file of such in JSON lines. See `read_examples`."""
 
@@ -91,6 +101,31 @@ def read_examples(examples: Examples, tokenizer: Any, model: nn.Module) -> Paral
         raise InputError(
             f"examples are texts and need the model's tokenizer, got {type(tokenizer).__name__}"
         )
+    labels, texts = parallel_texts(examples)
+    whole = [number for number, example in enumerate(texts) if len(example) == len(labels)]
+    limits = context_limit(model), vocabulary_size(model)
+    tokenised = [
+        {
+            label: _tokenised(
+                tokenizer, *texts[number][label], limits, f"example {number}, label {label!r}"
+            )
+            for label in labels
+        }
+        for number in whole
+    ]
+    parallel = ParallelExamples(labels, tokenised, len(texts) - len(whole))
+    for note in parallel.notes:
+        _log.warning("%s", note)
+    return parallel
+
+
+def parallel_texts(examples: Examples) -> tuple[list[str], list[dict[str, _Text]]]:
+    """The labels, and each example as label -> prompt and answer, all labels or not.
+
+    Raises:
+        InputError: the examples are something else, have fewer than two labels, or none has every
+            label; or a text is empty.
+    """
     if isinstance(examples, str | os.PathLike):
         given = _read_lines(examples)
     elif isinstance(examples, Iterable) and not isinstance(examples, Mapping):
@@ -107,26 +142,17 @@ def read_examples(examples: Examples, tokenizer: Any, model: nn.Module) -> Paral
             "sharing compares labels, so examples need at least two, got "
             f"{', '.join(labels) or 'none'}; give each example in another label too"
         )
-    whole = [number for number, example in enumerate(texts) if len(example) == len(labels)]
-    if not whole:
+    if not any(len(example) == len(labels) for example in texts):
         raise InputError(
             f"none of the {len(texts)} examples has every label of {', '.join(labels)}; complete "
             "some, or leave out the labels that few examples have"
         )
-    limits = context_limit(model), vocabulary_size(model)
-    tokenised = [
-        {
-            label: _tokenised(
-                tokenizer, *texts[number][label], limits, f"example {number}, label {label!r}"
-            )
-            for label in labels
-        }
-        for number in whole
-    ]
-    parallel = ParallelExamples(labels, tokenised, len(texts) - len(whole))
-    for note in parallel.notes:
-        _log.warning("%s", note)
-    return parallel
+    return labels, texts
+
+
+def source_name(examples: Examples) -> str | None:
+    """The base name of a file of examples; None of others."""
+    return Path(examples).name if isinstance(examples, str | os.PathLike) else None
 
 
 def _read_lines(path: str | os.PathLike[str]) -> list[Any]:
@@ -148,8 +174,7 @@ def _read_lines(path: str | os.PathLike[str]) -> list[Any]:
     return examples
 
 
-def _texts(example: Any, where: str) -> dict[str, tuple[str, str | None]]:
-    """Label -> (prompt, answer or None)."""
+def _texts(example: Any, where: str) -> dict[str, _Text]:
     if not isinstance(example, Mapping) or not all(isinstance(one, str) and one for one in example):
         raise InputError(f"{where} must be a dict from label to prompt, got {example!r:.60}")
     texts = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
 import numpy as np
@@ -78,29 +78,43 @@ def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "exper
 
 
 def similarities(
-    labels: Sequence[str], values: np.ndarray, title: str, caption: str, name: str
+    labels: Sequence[str],
+    values: np.ndarray,
+    title: str,
+    caption: str,
+    name: str,
+    families: Mapping[str, str | None] | None = None,
 ) -> Figure:
-    """How alike labels are by their experts: [labels, labels], 1 of a label and itself."""
+    """How alike labels are by their experts: [labels, labels], 1 of a label and itself.
+
+    ``families``, where given, stand beside the labels: label -> its language's family, if known.
+    """
+    families = families or {}
     texts = [readable(value, ".2f") for value in values.flat]
+    known = [f"{families[one]}: {one}" if families.get(one) else one for one in labels]
+    header = ["label", "other label", title]
     rows = [
         [a, b, float(values[i, j])]
         for i, a in enumerate(labels)
         for j, b in enumerate(labels)
         if i <= j
     ]
+    if any(families.values()):
+        header += ["family", "other family"]
+        rows = [[*row, families[row[0]], families[row[1]]] for row in rows]
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
         least = min(0.0, float(np.nanmin(values)))
         return draw_cells(
             values,
             texts,
-            labels,
+            known,
             labels,
             {"cmap": "cividis", "vmin": least, "vmax": max(1.0, float(np.nanmax(values)))},
             ("label", "label", title),
             escape=escape,
+            whole=set(known) - set(labels),
         )
 
-    table = Table(["label", "other label", title], rows)
     spoken = [readable(value, ".4g") for value in values.flat]
-    return Figure(name, title, caption, table, draw, [Grid(labels, labels, spoken)])
+    return Figure(name, title, caption, Table(header, rows), draw, [Grid(known, labels, spoken)])

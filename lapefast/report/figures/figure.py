@@ -87,4 +87,4 @@ def shown(value: Cell) -> str:
 def readable(value: float, form: str) -> str:
     """A number with a minus sign for a hyphen, and no sign where nothing but zeros is left."""
     text = format(value, form)
-    return (text if float(text) else text.lstrip("+-")).replace("-", "\u2212")
+    return (text if float(text.rstrip("%")) else text.lstrip("+-")).replace("-", "\u2212")

@@ -8,9 +8,9 @@ import matplotlib.figure
 import numpy as np
 
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
+from lapefast.report.figures.bars import draw_bars
 from lapefast.report.figures.cells import draw_cells
 from lapefast.report.figures.figure import Cell, Figure, Grid, Table
-from lapefast.report.figures.style import COLOURS, COLUMN, HATCHES, lettering
 
 __all__ = ["kinds", "rates"]
 
@@ -64,35 +64,14 @@ def kinds(pairs: Sequence[PairSummary], name: str = "sweep-kinds") -> Figure | N
     ranges |= {"random": mean.random_range} if mean.random else {}
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
-        with lettering(list(shares), escape=escape) as (names,):
-            figure = matplotlib.figure.Figure((COLUMN, 1.8), layout="constrained")
-            axes = figure.add_subplot()
-            for place, (kind, share) in enumerate(shares.items()):
-                axes.bar(
-                    place,
-                    100 * share,
-                    width=0.6,
-                    color=COLOURS[place],
-                    hatch=HATCHES[place],
-                    edgecolor="black",
-                    linewidth=0.5,
-                )
-                least, largest = ranges[kind]
-                axes.vlines(place, 100 * least, 100 * largest, color="black", linewidth=1.2)
-                axes.text(
-                    place,
-                    100 * largest,
-                    f"{share:.1%}",
-                    ha="center",
-                    va="bottom",
-                    fontsize=6,
-                )
-            axes.set_xlim(-0.5, len(shares) - 0.5)
-            axes.margins(y=0.15)
-            axes.set_xticks(range(len(shares)), names)
-            axes.set_ylabel("% in target's language")
-            axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        return draw_bars(
+            list(shares),
+            {"mean": 100 * np.array(list(shares.values()))},
+            {"mean": 100 * np.array(list(ranges.values()))},
+            ("", "% in target's language"),
+            ".1f",
+            escape,
+        )
 
     rows = [[kind, share, *ranges[kind]] for kind, share in shares.items()]
     spoken = [
