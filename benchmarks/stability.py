@@ -1,7 +1,9 @@
 """Whether the overlap that `lapefast.evaluate.stability` announces is met with far more text.
 
-    python benchmarks/stability.py synthetic    # known probabilities; a minute
-    python benchmarks/stability.py demo         # the demo model on fresh text; some minutes
+    python benchmarks/stability.py synthetic    # known probabilities
+    python benchmarks/stability.py demo         # the demo model on fresh text
+
+Some minutes each.
 
 A trial is a profile of some text. Its announced overlaps are met if each label's neurons have at
 least that overlap with those that the known probabilities, or all the rest of the text, select.
@@ -176,7 +178,9 @@ def demo(portions: int = 48, rows: int = 16) -> Iterator[tuple[str, list[Trial]]
 def trial(profile: lf.Profile, more: lf.Profile, select: Select = lf.detect.lape) -> Trial:
     """The stability of one profile, and the overlap of its neurons with the other's."""
     compared = lf.compare(select(profile), select(more))
-    actual = dict(zip(profile.labels, compared.jaccard.diagonal().tolist(), strict=True))
+    # Where neither has any neuron they agree, which a comparison of methods does not count.
+    agree = compared.jaccard.diagonal().where(compared.sizes_a + compared.sizes_b > 0, 1.0)
+    actual = dict(zip(profile.labels, agree.tolist(), strict=True))
     return Trial(lf.evaluate.stability(profile, select), actual)
 
 
@@ -200,7 +204,7 @@ def _sum(profiles: Sequence[lf.Profile]) -> lf.Profile:
     return total
 
 
-def main(what: str, count: int = 20) -> None:
+def main(what: str, count: int = 10) -> None:
     """Print the tables."""
     print(
         "| text | overlap | expected | announced | labels that met it | trials all of whose did |"
@@ -213,8 +217,8 @@ def main(what: str, count: int = 20) -> None:
     for case in CASES:
         name = f"{case.labels} labels, {case.neurons:,} neurons, {case.rows} rows of {case.length}"
         print(row(name, [synthetic(case, seed) for seed in range(count)]), flush=True)
-    for case, target in ((CASES[3], 0.9), (CASES[4], 0.95)):
-        runs = [stopped(case, seed, target, 2**15) for seed in range(count)]
+    for case, target in ((CASES[1], 0.8), (CASES[5], 0.95)):
+        runs = [stopped(case, seed, target, 2**13) for seed in range(count)]
         ended = [one for one in runs if one is not None]
         rows = sorted(rows for _, rows in ended)
         name = f"until {target}: {case.labels} labels, {case.neurons:,} neurons, rows of "
