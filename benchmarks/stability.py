@@ -184,16 +184,23 @@ def trial(profile: lf.Profile, more: lf.Profile, select: Select = lf.detect.lape
     return Trial(lf.evaluate.stability(profile, select), actual)
 
 
-def row(what: str, trials: Sequence[Trial]) -> str:
-    """A row of the table: means over trials and labels, and in how many the announced was met."""
-    met = [one for each in trials for one in each.met]
+def row(what: str, trials: Sequence[Trial], target: float | None = None) -> str:
+    """A row of the table: means over trials and labels, and how many met what was announced.
+
+    With a target: how many met that, at which the pass stopped.
+    """
+    of_trials = [
+        each.met if target is None else [one >= target for one in each.actual.values()]
+        for each in trials
+    ]
+    met = sum(of_trials, [])
     values = [
         np.mean([[*each.actual.values()] for each in trials]),
         np.mean([each.stability.expected[-1].tolist() for each in trials]),
         np.mean([[*each.stability.announced.values()] for each in trials]),
     ]
     cells = [what, *(f"{one:.3f}" for one in values), f"{sum(met)} of {len(met)}"]
-    cells.append(f"{sum(all(each.met) for each in trials)} of {len(trials)}")
+    cells.append(f"{sum(map(all, of_trials))} of {len(trials)}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -223,7 +230,7 @@ def main(what: str, count: int = 10) -> None:
         rows = sorted(rows for _, rows in ended)
         name = f"until {target}: {case.labels} labels, {case.neurons:,} neurons, rows of "
         name += f"{case.length}; {len(ended)} of {count} stopped, at {rows[0]} to {rows[-1]} rows"
-        print(row(name, [one for one, _ in ended]), flush=True)
+        print(row(name, [one for one, _ in ended], target), flush=True)
 
 
 if __name__ == "__main__":
