@@ -1,7 +1,9 @@
 """Whether the overlap that `lapefast.evaluate.stability` announces is met with far more text.
 
-    python benchmarks/stability.py synthetic    # known probabilities; a minute
-    python benchmarks/stability.py demo         # the demo model on fresh text; some minutes
+    python benchmarks/stability.py synthetic    # known probabilities
+    python benchmarks/stability.py demo         # the demo model on fresh text
+
+Some minutes each.
 
 A trial is a profile of some text. Its announced overlaps are met if each label's neurons have at
 least that overlap with those that the known probabilities, or all the rest of the text, select.
@@ -176,20 +178,29 @@ def demo(portions: int = 48, rows: int = 16) -> Iterator[tuple[str, list[Trial]]
 def trial(profile: lf.Profile, more: lf.Profile, select: Select = lf.detect.lape) -> Trial:
     """The stability of one profile, and the overlap of its neurons with the other's."""
     compared = lf.compare(select(profile), select(more))
-    actual = dict(zip(profile.labels, compared.jaccard.diagonal().tolist(), strict=True))
+    # Where neither has any neuron they agree, which a comparison of methods does not count.
+    agree = compared.jaccard.diagonal().where(compared.sizes_a + compared.sizes_b > 0, 1.0)
+    actual = dict(zip(profile.labels, agree.tolist(), strict=True))
     return Trial(lf.evaluate.stability(profile, select), actual)
 
 
-def row(what: str, trials: Sequence[Trial]) -> str:
-    """A row of the table: means over trials and labels, and in how many the announced was met."""
-    met = [one for each in trials for one in each.met]
+def row(what: str, trials: Sequence[Trial], target: float | None = None) -> str:
+    """A row of the table: means over trials and labels, and how many met what was announced.
+
+    With a target: how many met that, at which the pass stopped.
+    """
+    of_trials = [
+        each.met if target is None else [one >= target for one in each.actual.values()]
+        for each in trials
+    ]
+    met = sum(of_trials, [])
     values = [
         np.mean([[*each.actual.values()] for each in trials]),
         np.mean([each.stability.expected[-1].tolist() for each in trials]),
         np.mean([[*each.stability.announced.values()] for each in trials]),
     ]
     cells = [what, *(f"{one:.3f}" for one in values), f"{sum(met)} of {len(met)}"]
-    cells.append(f"{sum(all(each.met) for each in trials)} of {len(trials)}")
+    cells.append(f"{sum(map(all, of_trials))} of {len(trials)}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -200,7 +211,7 @@ def _sum(profiles: Sequence[lf.Profile]) -> lf.Profile:
     return total
 
 
-def main(what: str, count: int = 20) -> None:
+def main(what: str, count: int = 10) -> None:
     """Print the tables."""
     print(
         "| text | overlap | expected | announced | labels that met it | trials all of whose did |"
@@ -213,13 +224,13 @@ def main(what: str, count: int = 20) -> None:
     for case in CASES:
         name = f"{case.labels} labels, {case.neurons:,} neurons, {case.rows} rows of {case.length}"
         print(row(name, [synthetic(case, seed) for seed in range(count)]), flush=True)
-    for case, target in ((CASES[3], 0.9), (CASES[4], 0.95)):
-        runs = [stopped(case, seed, target, 2**15) for seed in range(count)]
+    for case, target in ((CASES[1], 0.8), (CASES[5], 0.95)):
+        runs = [stopped(case, seed, target, 2**13) for seed in range(count)]
         ended = [one for one in runs if one is not None]
         rows = sorted(rows for _, rows in ended)
         name = f"until {target}: {case.labels} labels, {case.neurons:,} neurons, rows of "
         name += f"{case.length}; {len(ended)} of {count} stopped, at {rows[0]} to {rows[-1]} rows"
-        print(row(name, [one for one, _ in ended]), flush=True)
+        print(row(name, [one for one, _ in ended], target), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lapefast.models.inputs import input_device
 from lapefast.models.parallel import leads, parallel_size
 from lapefast.models.placed import SiteState, SiteStatistics, in_backward
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
-from lapefast.models.rows import StackRows, rows_at
+from lapefast.models.rows import StackRows, past_length, rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
 from lapefast.models.traces import GROUPS
@@ -160,7 +160,8 @@ class Recorder:
                 into ``labels``, or -1.
             decoder_mask, decoder_groups: the same for the decoder's input of an encoder-decoder.
             first_row: with a label, the number of the batch's first row among all of the label's,
-                from 0, by which ``shard_counts`` deals the rows. None goes on from the last call's.
+                from 0, by which ``shard_counts`` deals the rows. None goes on from the last
+                batch's; passes that continue its sequences, from a cache, are of the same rows.
 
         Raises:
             InputError: for an unknown label, an index out of range, not just one of label and
@@ -173,7 +174,9 @@ class Recorder:
                 f"label {label!r}"
             )
         for name, index in token_groups(self.labels, self._stacks, *given).items():
-            self._stacks[name].set(index, label and self.labels.index(label), first_row)
+            self._stacks[name].set(index)
+            if first_row is not None:
+                self._stacks[name].next_row[self.labels.index(label)] = first_row
 
     def profile(self) -> Profile:
         """What was counted so far, as a `Profile` of its own.
@@ -440,29 +443,29 @@ class _StackGroups(StackRows):
         labels, self._shards = groups
         # The first place is for -1, so that counting needs no selection.
         self.tokens = torch.zeros(labels * self._shards + 1, dtype=torch.int64, device=device)
-        # The number of each label's first row in the batch that was set, and in the one after.
-        self._first = self._next = torch.zeros(labels, dtype=torch.int64, device=device)
+        # The number of each label's next row, and of its first in the batch that runs.
+        self.next_row = torch.zeros(labels, dtype=torch.int64, device=device)
+        self._first_row = self.next_row
         self._labels: Tensor | None = None
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
         self._placement = placement
         super().__init__(module, device, GROUPS)
 
-    def set(self, labels: Tensor, label: int | None, first_row: int | None) -> None:
-        """Take the label of each token, [batch, length], or of all, [1]; see `Recorder.set`."""
+    def set(self, labels: Tensor) -> None:
+        """Take the label of each token, [batch, length], or of all, [1]."""
         self._shape = tuple(labels.shape) if labels.dim() == 2 else None
-        if self._shards == 1:
-            return self._hold(labels)
-        # Rows are numbered as they come: of a mere label it is not known yet how many.
+        # Rows are dealt as they come: of a mere label it is not known yet how many there are.
         self._labels = labels.to(self.device, copy=True)
-        self._first = self._next.clone()
-        if first_row is not None:
-            self._first[label] = first_row
+        if self._shards == 1:
+            self._hold(labels)
 
     @torch.compiler.disable
-    def _deal(self, batch: int, length: int) -> None:
+    def _deal(self, batch: int, length: int, options: dict[str, Any]) -> None:
         labels = self._labels if self._shape else self._labels.expand(batch, length)
-        groups, self._next = shard_groups(labels, self._first, self._shards)
+        if not past_length(options):
+            self._first_row = self.next_row.clone()
+        groups, self.next_row = shard_groups(labels, self._first_row, self._shards)
         self._hold(groups)
 
     def _hold(self, groups: Tensor) -> None:
@@ -476,8 +479,7 @@ class _StackGroups(StackRows):
     def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
         if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
             return
-        given = self.indices[self.device].tensor if self._shards == 1 else self._labels
-        if given is None:
+        if self._labels is None:
             raise InputError(
                 "the recorder does not know these tokens: call recorder.set(...) before the model"
             )
@@ -487,7 +489,7 @@ class _StackGroups(StackRows):
                 f"{list(self._shape)}; call it before each forward pass"
             )
         if self._shards > 1:
-            self._deal(batch, length)
+            self._deal(batch, length, options)
         index = self.indices[self.device].tensor
         rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)

@@ -135,6 +135,17 @@ def test_mixed_labels_and_padding_deal_each_labels_own_rows():
 
 
 @torch.no_grad()
+def test_rows_go_on_from_pass_to_pass_without_being_set_anew():
+    model = shared("llama", torch.bfloat16)
+    batches = [of_label("en", ROWS[at : at + 3], at) for at in range(0, 21, 3)]
+    with lf.record(model, LABELS, statistics=STATISTICS) as recorder:
+        recorder.set(label="en")
+        for ids, _, _ in batches:
+            model(ids)  # each of which fills a cache of its own
+    assert_shards(recorder.profile(), expected("llama", model, batches))
+
+
+@torch.no_grad()
 def test_a_row_that_is_generated_stays_in_its_shard():
     model = shared("llama")
     with lf.record(model, LABELS, statistics=STATISTICS) as recorder:

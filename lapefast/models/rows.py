@@ -100,3 +100,17 @@ def _input_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     if not isinstance(given, Tensor) or given.dim() < 2:
         raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
     return given.shape[0], given.shape[1]
+
+
+def cache_of(options: dict[str, Any]) -> Any:
+    """The cache among a forward's arguments, told by what it can do.
+
+    Its name says too little: `past_key_values`, `cache_params` or `cache`, by version and model.
+    """
+    return next((one for one in options.values() if hasattr(one, "get_seq_length")), None)
+
+
+def past_length(options: dict[str, Any]) -> int | Tensor:
+    """How many positions the cache holds already."""
+    cache = cache_of(options)
+    return 0 if cache is None else cache.get_seq_length()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import unwrap
+from lapefast.models.rows import cache_of, past_length
 from lapefast.models.traces import GENERATION, Replaced, clear, leave
 
 _HANDOVER = "_expand_inputs_for_generation"
@@ -62,7 +63,7 @@ class Generation:
             length: positions of this forward pass.
             options: its keyword arguments, which hold the cache.
         """
-        past = _past(options)
+        past = past_length(options)
         if not self.running:
             if isinstance(past, Tensor):
                 return torch.where(past > 0, 0, length)
@@ -88,7 +89,7 @@ class Generation:
         A second branch, such as classifier-free guidance's, has a cache and a prompt of its own,
         which is what it reads first.
         """
-        cache = _cache(options)
+        cache = cache_of(options)
         if self._depth > 1 or (cache is None and not self._caches):
             return self._positions
         if cache is None:  # the model makes one, which the branch's next pass brings
@@ -175,17 +176,3 @@ def _hand_over(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = ids if embeddings is None or encoder_decoder else embeddings
     generation.start(given.shape[1])
     return expanded
-
-
-def _cache(options: dict[str, Any]) -> Any:
-    """The cache among a forward's arguments, told by what it can do.
-
-    Its name says too little: `past_key_values`, `cache_params` or `cache`, by version and model.
-    """
-    return next((one for one in options.values() if hasattr(one, "get_seq_length")), None)
-
-
-def _past(options: dict[str, Any]) -> int | Tensor:
-    """How many positions the cache holds already."""
-    cache = _cache(options)
-    return 0 if cache is None else cache.get_seq_length()

@@ -13,7 +13,7 @@ from lapefast.cli import main
 from lapefast.evaluate import PerplexityMatrix
 
 COMMANDS = ["profile", "identify", "evaluate", "generate", "sweep", "export", "report"]
-COMMANDS += ["prune", "categories", "sample", "merge", "info", "demo", "doctor"]
+COMMANDS += ["stability", "prune", "categories", "sample", "merge", "info", "demo", "doctor"]
 LAPE = ["--top-rate", 0.2, "--filter-rate", 0.8, "--activation-bar-ratio", 0.8]
 TEXT = ["--seq-len", 32, "--max-tokens", 1024, "--threads", 1]
 

@@ -109,6 +109,15 @@ def test_what_is_announced_is_three_standard_deviations_below_what_is_expected()
     assert found.stable(0.5999) == ["en", "zh"]
 
 
+def test_the_deviation_is_no_smaller_than_with_half_the_tokens():
+    overlaps = torch.tensor([[[0.4], [0.8], [1.0]], [[0.6], [1.0], [1.0]], [[0.8], [1.0], [1.0]]])
+    found = Stability(["en"], torch.ones(3, 1).long(), torch.ones(1).long(), overlaps.double(),
+                      Layout(("a",)))  # fmt: skip
+    # 0.2 with the fewest tokens; then 0.115, below that; then 0, below 0.115.
+    least = found.interval[:, 0, 0].tolist()
+    assert least == pytest.approx([0.0, 2.8 / 3 - 3 * 0.2, 1 - 3 * 0.2 / 3**0.5], abs=1e-6)
+
+
 def test_labels_without_neurons_agree():
     layout = Layout(("a", "b"), {site.name: site.width for site in SITES})
     nothing = NeuronSets({label: {} for label in LABELS}, layout)
