@@ -74,8 +74,8 @@ class Recorder:
         backend: str | None = None,
     ) -> None:
         self.labels = _check_labels(labels)
-        self._names = _check_statistics(statistics)
-        self._threshold = _check_threshold(threshold)
+        self._names = check_statistics(statistics)
+        self._threshold = check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
         self._stacks: dict[str, _StackGroups] = {}
@@ -189,14 +189,7 @@ class Recorder:
     def check(self) -> None:
         """Raise InputError, naming the site, if an activation was not finite so far."""
         for site, statistics in self._statistics.items():
-            non_finite, outside = statistics.flags.tolist()
-            if non_finite:
-                raise InputError(
-                    f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
-                    "they count means nothing; check the model's weights or use a wider dtype"
-                )
-            if outside:
-                raise InputError(f"{site}: {outside} group indices lie outside the labels")
+            check_flags(site, statistics.flags)
 
     def end_at_last_site(self) -> None:
         """Let the last FFN stop at its activation, where the model's output is not wanted.
@@ -327,7 +320,20 @@ def _check_labels(labels: Sequence[str]) -> list[str]:
     return list(labels)
 
 
-def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+def check_flags(site: str, flags: Tensor) -> None:
+    """Raise InputError for what the statistics ops counted in `flags`, int64 [2], at a site."""
+    non_finite, outside = flags.tolist()
+    if non_finite:
+        raise InputError(
+            f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
+            "they count means nothing; check the model's weights or use a wider dtype"
+        )
+    if outside:
+        raise InputError(f"{site}: {outside} group indices lie outside the labels")
+
+
+def check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """The statistics in the order of `STATISTICS`. Raises InputError for unknown ones, or none."""
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     unknown = [name for name in names if name not in STATISTICS]
     if unknown or not names:
@@ -337,7 +343,8 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in names)
 
 
-def _check_threshold(threshold: float) -> float:
+def check_threshold(threshold: float) -> float:
+    """The threshold as a number. Raises InputError for what is none."""
     try:
         number = float(threshold)
     except (TypeError, ValueError):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lapefast.cli import options
+from lapefast.cli.engines import load_for
 from lapefast.cli.options import check_output
 
 __all__ = ["profile"]
@@ -33,6 +34,8 @@ def profile(
         str | None,
         typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
+    engine: options.Engine = "transformers",
+    tensor_parallel_size: options.TensorParallelSize = 1,
     loading: options.ModelOptions = options.LOADING,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
@@ -47,9 +50,9 @@ def profile(
 
     check_output(output)
     corpora = parse_corpus_arguments(corpus)
-    loaded = loading.load(model, corpora, text)
-    from lapefast import profile as run
-
+    run, loaded = load_for(
+        engine, model, corpora, text, loading, exact, backend, tensor_parallel_size
+    )
     counted = run(
         loaded.model,
         corpora,
@@ -59,8 +62,6 @@ def profile(
         max_tokens=max_tokens,
         threshold=threshold,
         statistics=[name.strip() for name in statistics.split(",")],
-        exact=exact,
-        backend=backend,
         **asdict(text),
     )
     counted.save(output)

@@ -31,6 +31,7 @@ class CorpusPass:
 
     Attributes:
         labels: in the order of the corpora.
+        longest: tokens of the longest row.
         batch_size: rows per batch, but for the last of a label.
 
     Raises:
@@ -67,17 +68,23 @@ class CorpusPass:
         self._bare, self._device = bare_model(model), input_device(model)
         self._max_tokens, self._progress = max_tokens, progress
         self.labels = list(self._opened)
-        self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
+        self.longest = max(self._lengths.values())
+        self.batch_size = batch_size or fitting_batch_size(model, self.longest)
 
     def inputs(self, label: str) -> Iterator[dict[str, Any]]:
         """What the bare model is called with, batch after batch of one label's text."""
+        for batch in self.batches(label):
+            yield forward_inputs(self._bare, batch.to(self._device))
+
+    def batches(self, label: str) -> Iterator[Tensor]:
+        """One label's text: int64 [rows, length] on the CPU, batch after batch."""
         corpus = self._opened[label]
         with (
             corpus.rows(self._lengths[label], self._max_tokens) as rows,
             tqdm(desc=label, unit="tok", unit_scale=True, disable=not self._progress) as bar,
         ):
             for batch in _regrouped(rows, self.batch_size):
-                yield forward_inputs(self._bare, batch.to(self._device))
+                yield batch
                 if rows.fraction:
                     bar.total = max(int(bar.n / rows.fraction), bar.n + batch.numel())
                 bar.update(batch.numel())
@@ -87,7 +94,7 @@ class CorpusPass:
     def metadata(self) -> dict[str, Any]:
         """What a result says of the text it came from, as JSON; after the pass."""
         return {
-            "seq_len": max(self._lengths.values()),
+            "seq_len": self.longest,
             "batch_size": self.batch_size,
             "corpora": [corpus.report.to_json() for corpus in self._opened.values()],
         }

@@ -13,7 +13,7 @@ from engines import answers, asking, engine
 from torch import nn
 
 import lapefast.engines.vllm
-from lapefast.engines.vllm import runner
+from lapefast.engines.vllm import edits, runner
 from lapefast.errors import InputError
 from lapefast.neurons import save_edits
 
@@ -185,7 +185,7 @@ def test_the_worker_class_starts_with_edits_and_not_without(llama, serving, monk
     prompt = tiny.prompts(1, 10)[0]
     with engine(llama.path, worker_cls=worker) as llm:
         assert answers(llm, [(prompt, "on")]) == [llama.expected(prompt, "on")]
-    monkeypatch.setattr(runner, "installed", lambda: False)
+    monkeypatch.setattr(edits, "installed", lambda: False)
     with pytest.raises(InputError, match="has not loaded the plugin lapefast: VLLM_PLUGINS"):
         start(llama.path, worker_cls=worker)
     serving(None)
@@ -219,6 +219,24 @@ def test_edits_beside_streamed_input_and_beam_search_are_refused(llama):
             llm.llm_engine.input_processor.process_inputs(
                 "0", {"prompt_token_ids": [5]}, asking("on"), ("generate",), resumable=True
             )
+
+
+def test_an_edit_that_a_pooling_request_asks_for_is_refused(llama):
+    from vllm import PoolingParams
+    from vllm.exceptions import VLLMValidationError
+
+    def ask(llm, **extra):
+        params = PoolingParams(task="embed", **extra)
+        prompt = {"type": "token", "prompt_token_ids": [5, 6]}
+        llm.llm_engine.add_request("0", prompt, params)
+
+    with engine(llama.path, runner="pooling", convert="embed") as llm:
+        for name in ("lapefast_edit", "lapefast-edit"):
+            with pytest.raises(VLLMValidationError, match="that generate, .* has PoolingParams"):
+                ask(llm, extra_kwargs={name: "on"})
+        # One that asks for nothing is answered.
+        ask(llm)
+        assert any(output.finished for output in llm.llm_engine.step())
 
 
 def test_edits_of_an_unbound_width_are_refused(tmp_path, serving, llama):
