@@ -14,7 +14,6 @@ from lapefast.engines.vllm.checkpoint import checkpoint_fingerprint, empty_model
 from lapefast.engines.vllm.engine import CountingEngine
 from lapefast.errors import InputError
 from lapefast.models import find_sites
-from lapefast.models.bare import bare_model, is_encoder_decoder
 from lapefast.neurons import Layout
 from lapefast.profiles import Profile
 from lapefast.profiling.batches import CorpusPass
@@ -130,15 +129,14 @@ def _empty(model: str, revision: str | None, trust_remote_code: bool) -> torch.n
             f"vLLM loads the model itself: give its directory or name, got {type(model).__name__}"
         )
     try:
-        empty = empty_model(model, revision, trust_remote_code)
+        return empty_model(model, revision, trust_remote_code)
+    except InputError:
+        raise
     except Exception as error:  # transformers and the hub each raise their own
         raise InputError(
             f"transformers makes no causal model of {model}, by which vLLM's could be counted: "
             f"{error}"
         ) from error
-    if is_encoder_decoder(bare_model(empty)):
-        raise InputError(f"{model} is an encoder-decoder, which vLLM can't count; use transformers")
-    return empty
 
 
 def _version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,24 @@ def serving(monkeypatch):
 def start(path, **options):
     with engine(path, **options):
         pass
+
+
+@contextmanager
+def pooling_engine(path):
+    """Embeddings; vLLM's class `LLM` makes none without a tokenizer."""
+    from vllm import EngineArgs
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    options = {"skip_tokenizer_init": True, "max_model_len": 256, "enforce_eager": True}
+    arguments = EngineArgs(str(path), runner="pooling", convert="embed", **options)
+    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize(
@@ -225,18 +244,17 @@ def test_an_edit_that_a_pooling_request_asks_for_is_refused(llama):
     from vllm import PoolingParams
     from vllm.exceptions import VLLMValidationError
 
-    def ask(llm, **extra):
-        params = PoolingParams(task="embed", **extra)
+    def ask(engine, number, **extra):
         prompt = {"type": "token", "prompt_token_ids": [5, 6]}
-        llm.llm_engine.add_request("0", prompt, params)
+        engine.add_request(str(number), prompt, PoolingParams(task="embed", **extra))
 
-    with engine(llama.path, runner="pooling", convert="embed") as llm:
-        for name in ("lapefast_edit", "lapefast-edit"):
+    with pooling_engine(llama.path) as engine:
+        for number, name in enumerate(("lapefast_edit", "lapefast-edit")):
             with pytest.raises(VLLMValidationError, match="that generate, .* has PoolingParams"):
-                ask(llm, extra_kwargs={name: "on"})
+                ask(engine, number, extra_kwargs={name: "on"})
         # One that asks for nothing is answered.
-        ask(llm)
-        assert any(output.finished for output in llm.llm_engine.step())
+        ask(engine, 2)
+        assert [output.request_id for output in engine.step() if output.finished] == ["2"]
 
 
 def test_edits_of_an_unbound_width_are_refused(tmp_path, serving, llama):

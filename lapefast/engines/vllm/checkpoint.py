@@ -79,11 +79,17 @@ def empty_model(
         name: a directory, or a name on the hub.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: it is an encoder-decoder.
+        Exception: of transformers and the hub, each its own.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, revision=revision, **options)
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder; under vLLM lapefast handles decoders only")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **options)
 
