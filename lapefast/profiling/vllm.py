@@ -74,16 +74,16 @@ def profile(
     layout = Layout(
         tuple(site.name for site in sites), {site.name: site.width for site in sites}, None, model
     )
-    _log.warning(
-        "vLLM adds up in another order than transformers does: a comparison here and there may "
-        "differ from transformers' profile of the same text"
-    )
     if batch_size is not None:
         engine_options["max_num_seqs"] = batch_size
     with CountingEngine(
         model, layout, text.labels, names, threshold, text.longest,
         tensor_parallel_size=tensor_parallel_size, **engine_options,
     ) as engine:  # fmt: skip
+        _log.warning(
+            "vLLM adds up in another order than transformers does: a comparison here and there may "
+            "differ from transformers' profile of the same text"
+        )
         for label in text.labels:
             for rows in text.batches(label):
                 engine.read(label, rows)
