@@ -132,18 +132,24 @@ class CountingEngine:
         ]
         statistics: dict[str, dict[str, Tensor]] = {}
         for site in self._widths:
-            held = [rank["sites"][site] for rank in ranks]
-            check_flags(site, sum(flags for _, flags, _ in held))
-            for name in held[0][2]:
-                # Ranks hold neurons of their own, or all of them the same ones.
-                parts = {start: tensors[name] for start, _, tensors in held}
-                whole = torch.cat([parts[start] for start in sorted(parts)], dim=1)
+            for name, whole in _joined(site, [rank["sites"][site] for rank in ranks]).items():
                 statistics.setdefault(name, {})[site] = whole
         return Counted(ranks[0]["tokens"], statistics, ranks[0]["threads"])
 
     def close(self) -> None:
         """End vLLM's processes. Safe to repeat."""
         self._engine.engine_core.shutdown(timeout=_PATIENCE)
+
+
+def _joined(site: str, held: Sequence[tuple[int, Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Name -> statistic [labels, width] of a site, of what each rank dumped of it."""
+    check_flags(site, sum(flags for _, flags, _ in held))
+    # Ranks hold neurons of their own, or all of them the same ones.
+    parts = {start: tensors for start, _, tensors in held}
+    return {
+        name: torch.cat([parts[start][name] for start in sorted(parts)], dim=1)
+        for name in held[0][2]
+    }
 
 
 def _start(model: str, options: dict[str, Any]) -> Any:

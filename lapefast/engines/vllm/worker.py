@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from typing import Any
 
 from lapefast.engines.vllm import ENVIRONMENT
 from lapefast.engines.vllm.counting import Counting
@@ -33,15 +34,17 @@ def counting_worker_class() -> type:
 
     class CountingWorker(_platform_worker()):
         def load_model(self, *args, **kwargs):
-            asked = self.vllm_config.additional_config["lapefast"]
-            widths = asked.pop("widths")
-            self._counting = Counting(Layout(tuple(widths), widths), **asked)
+            self._counting = _counting(**self.vllm_config.additional_config["lapefast"])
             load(self, functools.partial(super().load_model, *args, **kwargs), self._counting)
 
         def counted(self) -> bytes:
             return self._counting.dump()
 
     return _named(CountingWorker)
+
+
+def _counting(widths: dict[str, int], **asked: Any) -> Counting:
+    return Counting(Layout(tuple(widths), widths), **asked)
 
 
 def _platform_worker() -> type:
