@@ -2,4 +2,6 @@
 
 from lapefast.cli import main
 
-main()
+# Processes that are spawned import this file too.
+if __name__ == "__main__":
+    main()

@@ -79,9 +79,9 @@ class Recorder:
         backend: str | None = None,
     ) -> None:
         self.labels = _check_labels(labels)
-        self._names = _check_statistics(statistics)
+        self._names = check_statistics(statistics)
         self._shards = SHARDS if "shard_counts" in self._names else 1
-        self._threshold = _check_threshold(threshold)
+        self._threshold = check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
         self._stacks: dict[str, _StackGroups] = {}
@@ -300,14 +300,7 @@ class Recorder:
         for site, statistics in self._statistics.items():
             columns = self._placement.states[site].columns
             flags = statistics.flags if columns is None else columns.total(statistics.flags)
-            non_finite, outside = flags.tolist()
-            if non_finite:
-                raise InputError(
-                    f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
-                    "they count means nothing; check the model's weights or use a wider dtype"
-                )
-            if outside:
-                raise InputError(f"{site}: {outside} group indices lie outside the labels")
+            check_flags(site, flags)
 
     def end_at_last_site(self) -> None:
         """Let the last FFN stop at its activation, where the model's output is not wanted.
@@ -509,7 +502,20 @@ def _check_labels(labels: Sequence[str]) -> list[str]:
     return list(labels)
 
 
-def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+def check_flags(site: str, flags: Tensor) -> None:
+    """Raise InputError for what the statistics ops counted in `flags`, int64 [2], at a site."""
+    non_finite, outside = flags.tolist()
+    if non_finite:
+        raise InputError(
+            f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
+            "they count means nothing; check the model's weights or use a wider dtype"
+        )
+    if outside:
+        raise InputError(f"{site}: {outside} group indices lie outside the labels")
+
+
+def check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """The statistics in the order of `STATISTICS`. Raises InputError for unknown ones, or none."""
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     unknown = [name for name in names if name not in STATISTICS]
     if unknown or not names:
@@ -521,7 +527,8 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in names)
 
 
-def _check_threshold(threshold: float) -> float:
+def check_threshold(threshold: float) -> float:
+    """The threshold as a number. Raises InputError for what is none."""
     try:
         number = float(threshold)
     except (TypeError, ValueError):

@@ -17,6 +17,8 @@ from lapefast.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from lapefast.engines.transformers import Checkpoint
+
 _MODEL_PANEL = "Model"
 RUN_PANEL = "Run"
 _TEXT_PANEL = "Text"
@@ -132,6 +134,18 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=RUN_PANEL),
 ]
+Engine = Annotated[
+    Literal["transformers", "vllm"],
+    typer.Option(
+        metavar="NAME",
+        help="Who runs the model: transformers or vllm.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(min=1, help="Workers of vLLM that share each layer.", rich_help_panel=RUN_PANEL),
+]
 WhereEdited = Annotated[
     Literal["all", "prompt", "generated"],
     typer.Option(
@@ -201,28 +215,49 @@ class ModelOptions:
     ) -> Loaded:
         """Load the model of a command, after setting threads and random numbers.
 
-        The tokenizer is loaded as `tokenizer` says; None: unless every corpus is a file of token
-        ids. The corpora are looked at before the model, which may take long to load.
+        The tokenizer is that of `load_tokenizer`. The corpora are looked at before the model, which
+        may take long to load.
         """
         import torch
-        from transformers.utils import logging as transformers_logging
 
-        from lapefast.corpus import open_corpora
-        from lapefast.engines.transformers import Checkpoint, load_model, load_tokenizer
+        from lapefast.engines.transformers import load_model
 
-        transformers_logging.set_verbosity_error()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
-        checkpoint = Checkpoint(name, self.revision, self.trust_remote_code)
-        if tokenizer is None:
+        loaded = self.load_tokenizer(name, corpora, text, tokenizer)
+        placing = (self.device, self.device_map, self.quantization, tensor_parallel)
+        return Loaded(load_model(self._checkpoint(name), self.dtype, *placing), loaded)
+
+    def load_tokenizer(
+        self,
+        name: str,
+        corpora: dict[str, str] | None,
+        text: TextOptions = TEXT,
+        wanted: bool | None = None,
+    ) -> Any:
+        """The model's tokenizer, or None, after a look at the corpora.
+
+        Loaded as `wanted` says; None: unless every corpus is a file of token ids.
+        """
+        from transformers.utils import logging as transformers_logging
+
+        from lapefast.corpus import open_corpora
+        from lapefast.engines.transformers import load_tokenizer
+
+        transformers_logging.set_verbosity_error()
+        if wanted is None:
             ids = (".npy", ".pt", ".pth")
-            tokenizer = not corpora or any(Path(one).suffix not in ids for one in corpora.values())
-        loaded = load_tokenizer(checkpoint) if tokenizer else None
+            wanted = not corpora or any(Path(one).suffix not in ids for one in corpora.values())
+        loaded = load_tokenizer(self._checkpoint(name)) if wanted else None
         if corpora is not None:
             open_corpora(corpora, loaded, **asdict(text))
-        placing = (self.device, self.device_map, self.quantization, tensor_parallel)
-        return Loaded(load_model(checkpoint, self.dtype, *placing), loaded)
+        return loaded
+
+    def _checkpoint(self, name: str) -> Checkpoint:
+        from lapefast.engines.transformers import Checkpoint
+
+        return Checkpoint(name, self.revision, self.trust_remote_code)
 
 
 LOADING = ModelOptions()
@@ -230,9 +265,9 @@ LOADING = ModelOptions()
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, and the tokenizer that text needs."""
+    """A model ready to run (for vLLM its name), and the tokenizer that text needs."""
 
-    model: nn.Module
+    model: nn.Module | str
     tokenizer: Any
 
 

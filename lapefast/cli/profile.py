@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapefast.cli import methods, options
+from lapefast.cli.engines import load_for
 from lapefast.cli.options import RUN_PANEL, check_output
 from lapefast.cli.processes import process_group
 from lapefast.errors import InputError
@@ -52,6 +53,8 @@ def profile(
         str | None,
         typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
     ] = None,
+    engine: options.Engine = "transformers",
+    tensor_parallel_size: options.TensorParallelSize = 1,
     loading: options.ModelOptions = options.LOADING,
     tensor_parallel: options.TensorParallel = False,
     batch_size: options.BatchSize = None,
@@ -118,11 +121,17 @@ def profile(
         measured.append("shard_counts")
     elif lape != methods.LapeOptions():
         raise InputError("LAPE's options are for --until-stable; `lapefast identify` takes them")
-    chosen = None if part is None else _parsed(part)
+    passed = {
+        "exact": exact,
+        "backend": backend,
+        "resume": resume,
+        "save_every": save_every,
+        "part": None if part is None else _parsed(part),
+        "until": until,
+    }
+    splitting = {"tensor_parallel": tensor_parallel, "tensor_parallel_size": tensor_parallel_size}
     with process_group() as group:
-        loaded = loading.load(model, corpora, text, tensor_parallel=tensor_parallel)
-        from lapefast import profile as run
-
+        run, loaded = load_for(engine, model, corpora, text, loading, group, passed, **splitting)
         counted = run(
             loaded.model,
             corpora,
@@ -132,14 +141,7 @@ def profile(
             max_tokens=max_tokens,
             threshold=threshold,
             statistics=measured,
-            exact=exact,
-            backend=backend,
-            resume=resume,
-            save_every=save_every,
-            process_group=None if tensor_parallel else group,
-            part=chosen,
             token_cache=token_cache,
-            until=until,
             **asdict(text),
         )
         if group is not None and group.rank() > 0:

@@ -51,6 +51,7 @@ class CorpusPass:
 
     Attributes:
         labels: in the order of the corpora.
+        longest: tokens of the longest row.
         batch_size: rows per batch, but for the last of a label.
         ended: label -> what is said of its text, as JSON, once all its batches were taken.
         waited: seconds that whoever took batches waited for them.
@@ -93,7 +94,8 @@ class CorpusPass:
         self._max_tokens, self._part = max_tokens, part
         self._progress = progress and leads()
         self.labels = list(self._opened)
-        self.batch_size = batch_size or fitting_batch_size(model, max(self._lengths.values()))
+        self.longest = max(self._lengths.values())
+        self.batch_size = batch_size or fitting_batch_size(model, self.longest)
         self.ended: dict[str, dict[str, Any]] = {}
         self._identities: dict[str, str] = {}
         self.waited = 0.0
@@ -191,7 +193,7 @@ class CorpusPass:
             done: label -> rows that were taken, of labels whose text had not ended.
         """
         return {
-            "seq_len": max(self._lengths.values()),
+            "seq_len": self.longest,
             "batch_size": self.batch_size,
             "corpora": [
                 self.ended[label] if label in self.ended else self._said_so_far(corpus, done[label])

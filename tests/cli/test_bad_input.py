@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import signal
@@ -74,6 +75,29 @@ def test_an_option_that_cannot_be_met(lapefast, made, tmp_path, options, said):
     corpus = f"en={made.train['en']}"
     output = tmp_path / "p.safetensors"
     result = lapefast("profile", made.directory, "--corpus", corpus, *options, "-o", output)
+    refused(result, said)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tensor-parallel-size", "2"), "--tensor-parallel-size is an option of another engine"),
+        (("--engine", "vllm", "--device", "cpu"), "--device is an option of another engine"),
+        (("--engine", "vllm", "--threads", "1"), "--threads is an option of another engine"),
+        (("--engine", "vllm", "--backend", "cpu"), "--backend is an option of another engine"),
+        (("--engine", "vllm", "--no-exact"), "--no-exact is an option of another engine"),
+        (("--engine", "vllm", "--statistics", "count"), "statistics must be some of"),
+        (("--engine", "vllm", "--seq-len", "65"), "over the model's limit of 64"),
+        (("--engine", "vllm"), "vLLM is not installed in this environment"),
+    ],
+)
+def test_an_engines_options(lapefast, made, tmp_path, monkeypatch, options, said):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "vllm" else find(n))
+    output = tmp_path / "p.safetensors"
+    corpus = f"en={made.train['en']}"
+    result = lapefast("profile", made.directory, "--corpus", corpus, "-o", output, *options)
     refused(result, said)
     assert not output.exists()
 

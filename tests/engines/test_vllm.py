@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import lapefast as lf
+from lapefast.engines.vllm.engine import _joined
+from lapefast.engines.vllm.runner import compile_factor
 from lapefast.engines.vllm.served import served_here
 from lapefast.errors import InputError
 from lapefast.neurons import Layout, NeuronSet, save_edits
@@ -93,6 +95,24 @@ def test_a_file_that_was_written_anew_is_read_anew(serve):
 
 def test_compiled_code_depends_on_the_sites_and_not_on_the_edits(serve):
     plain, with_server = serve(), serve("other.json", server="on")
-    assert plain.compile_factor == with_server.compile_factor
-    assert plain.compile_factor != serve("wider.json", width=9).compile_factor
-    assert lf.__version__ in plain.compile_factor
+    factor = compile_factor(plain.layout)
+    assert factor == compile_factor(with_server.layout)
+    assert factor != compile_factor(serve("wider.json", width=9).layout)
+    assert lf.__version__ in factor
+
+
+def test_ranks_are_joined_and_never_summed():
+    def rank(start, *columns, flags=(0, 0)):
+        return start, torch.tensor(flags), {"counts": torch.tensor([columns])}
+
+    whole = [[1, 2, 3, 4]]
+    # In whatever order they answer; the same neurons on both ranks stand there once.
+    for ranks in (
+        [rank(0, 1, 2), rank(2, 3, 4)],
+        [rank(2, 3, 4), rank(0, 1, 2)],
+        [rank(0, 1, 2, 3, 4), rank(0, 1, 2, 3, 4)],
+    ):
+        assert _joined("layers.0.mlp", ranks)["counts"].tolist() == whole
+    broken = [rank(0, 1, 2), rank(2, 3, 4, flags=(5, 0))]
+    with pytest.raises(InputError, match=r"layers\.0\.mlp: 5 activations are not finite"):
+        _joined("layers.0.mlp", broken)

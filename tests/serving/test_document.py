@@ -19,14 +19,14 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lapefast as lf
 from lapefast.models import find_sites
 from lapefast.neurons import Layout, load_edits
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
-PLUGIN, ADAPTERS = "## The plugin", "## Adapters"
+PLUGIN, PROFILING, ADAPTERS = "## The plugin", "## Profiling", "## Adapters"
 PROMPTS = tiny.prompts(4, 30, seed=20)
 
 
@@ -194,6 +194,37 @@ def test_the_plugin_served_as_the_document_says(site):
     assert len(set(texts.values())) == 3
     environment = {"LAPEFAST_EDITS": "edits.json", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     assert repr(site.python(offline, **environment).splitlines()[-1]) == texts["to-zh"]
+
+
+@pytest.mark.timeout(700)
+def test_profiles_made_as_the_document_says(site):
+    (command,), (code,) = blocks(PROFILING, "sh"), blocks(PROFILING, "python")
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    texts = {"en": "It is not as warm as it was in the morning.", "zh": "今天早上比现在暖和。"}
+    for label, text in texts.items():
+        (site.path / f"{label}.txt").write_text("\n".join(f"{n}. {text}" for n in range(30)))
+    done = subprocess.run(
+        ["sh", "-ec", command.replace("0|1", f"{first}|{second}")],
+        cwd=site.path, env=site.environment, capture_output=True, text=True, timeout=450,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "vLLM adds up in another order than transformers does" in done.stderr
+    counted = lf.Profile.load(site.path / "model.vllm.profile.safetensors")
+    files = {label: str(site.path / f"{label}.txt") for label in texts}
+    model, tokenizer = site.made.model, AutoTokenizer.from_pretrained(site.made.path)
+    # Rows are as long as the model allows.
+    expected = lf.profile(model, files, tokenizer, seq_len=512, progress=False)
+    assert counted.metadata["seq_len"] == 512
+    assert counted.metadata["engine"]["tensor_parallel_size"] == 2
+    assert counted.tokens.tolist() == expected.tokens.tolist()
+    assert counted.fingerprint == expected.fingerprint
+    differences = sum(
+        int((counted.counts[name] - expected.counts[name]).abs().sum()) for name in expected.sites
+    )
+    # One in a million is of ordinary weights; these are six times as large, in three layers.
+    assert differences <= 1e-5 * int(expected.tokens.sum()) * 3 * 192
+    again = site.python(code, VLLM_ENABLE_V1_MULTIPROCESSING="0").splitlines()[-1]
+    assert again == repr(lf.profile(model, files, tokenizer, seq_len=256, progress=False))
 
 
 @pytest.mark.timeout(400)

@@ -76,7 +76,7 @@ def test_compiled_code_is_kept_apart_from_that_of_a_server_without_edits(
     output, status = compiled(load_compiled=True, one_compile_cache=True)
     assert "compiled code was loaded" in output
     assert status != 0
-    assert "the edits' op at layers.0.mlp must run once in a forward" in output
+    assert "lapefast's op at layers.0.mlp must run once in a forward" in output
     # Kept apart, the server with edits compiles its own,
     output, status = compiled(load_compiled=True)
     assert "compiled code was loaded" not in output

@@ -12,7 +12,7 @@ from engines import answers, asking, engine
 from tiny import NAMES, asked, prompts
 from vllm.exceptions import VLLMValidationError
 
-from lapefast.engines.vllm import runner
+from lapefast.engines.vllm.edits import Serving
 from lapefast.engines.vllm.served import Served
 
 
@@ -31,8 +31,8 @@ def steps(monkeypatch):
         seen.append(original(*args))
         return seen[-1]
 
-    original = runner.row_sets
-    monkeypatch.setattr(runner, "row_sets", spy)
+    original = Serving.index
+    monkeypatch.setattr(Serving, "index", spy)
     return seen
 
 
@@ -119,8 +119,8 @@ def test_requests_that_join_and_leave_while_others_run(llama, llm):
 
 
 def test_rows_given_to_their_neighbours_are_noticed_by_these_tests(llama, llm, monkeypatch):
-    original = runner.row_sets
-    monkeypatch.setattr(runner, "row_sets", lambda *args: torch.roll(original(*args), 1))
+    original = Serving.index
+    monkeypatch.setattr(Serving, "index", lambda *args: torch.roll(original(*args), 1))
     # One token each: in later steps a row is a whole request.
     asks = asked(1, 20, seed=8)
     got = answers(llm, asks)
@@ -133,8 +133,8 @@ def test_rows_of_no_request_have_no_edit(llama, llm):
     answers(llm, asked(1, 20, seed=9))
     model_runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     rows = model_runner._lapefast_edits
-    assert rows.sets.shape == (64,)
-    assert bool((rows.sets == -1).all())
+    assert rows.index.shape == (64,)
+    assert bool((rows.index == -1).all())
     before = rows.fired.clone()
     model_runner._dummy_run(16)
     assert (rows.fired - before).tolist() == [[1, 16]] * 3

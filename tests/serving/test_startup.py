@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from engines import answers, asking, engine
 from torch import nn
 
 import lapefast.engines.vllm
-from lapefast.engines.vllm import runner
+from lapefast.engines.vllm import edits, runner
 from lapefast.errors import InputError
 from lapefast.neurons import save_edits
 
@@ -34,6 +35,24 @@ def serving(monkeypatch):
 def start(path, **options):
     with engine(path, **options):
         pass
+
+
+@contextmanager
+def pooling_engine(path):
+    """Embeddings; vLLM's class `LLM` makes none without a tokenizer."""
+    from vllm import EngineArgs
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    options = {"skip_tokenizer_init": True, "max_model_len": 256, "enforce_eager": True}
+    arguments = EngineArgs(str(path), runner="pooling", convert="embed", **options)
+    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +204,7 @@ def test_the_worker_class_starts_with_edits_and_not_without(llama, serving, monk
     prompt = tiny.prompts(1, 10)[0]
     with engine(llama.path, worker_cls=worker) as llm:
         assert answers(llm, [(prompt, "on")]) == [llama.expected(prompt, "on")]
-    monkeypatch.setattr(runner, "installed", lambda: False)
+    monkeypatch.setattr(edits, "installed", lambda: False)
     with pytest.raises(InputError, match="has not loaded the plugin lapefast: VLLM_PLUGINS"):
         start(llama.path, worker_cls=worker)
     serving(None)
@@ -219,6 +238,23 @@ def test_edits_beside_streamed_input_and_beam_search_are_refused(llama):
             llm.llm_engine.input_processor.process_inputs(
                 "0", {"prompt_token_ids": [5]}, asking("on"), ("generate",), resumable=True
             )
+
+
+def test_an_edit_that_a_pooling_request_asks_for_is_refused(llama):
+    from vllm import PoolingParams
+    from vllm.exceptions import VLLMValidationError
+
+    def ask(engine, number, **extra):
+        prompt = {"type": "token", "prompt_token_ids": [5, 6]}
+        engine.add_request(str(number), prompt, PoolingParams(task="embed", **extra))
+
+    with pooling_engine(llama.path) as engine:
+        for number, name in enumerate(("lapefast_edit", "lapefast-edit")):
+            with pytest.raises(VLLMValidationError, match="that generate, .* has PoolingParams"):
+                ask(engine, number, extra_kwargs={name: "on"})
+        # One that asks for nothing is answered.
+        ask(engine, 2)
+        assert [output.request_id for output in engine.step() if output.finished] == ["2"]
 
 
 def test_edits_of_an_unbound_width_are_refused(tmp_path, serving, llama):

@@ -1,4 +1,4 @@
-"""Whether the weights that are served are those that the edits are bound to.
+"""The model that transformers makes of a checkpoint, as far as its sites and fingerprint need it.
 
 vLLM keeps a model's weights fused, cut and repacked, so the fingerprint is taken from its files: an
 empty model of transformers, given the last projections as they lie in the checkpoint.
@@ -20,7 +20,7 @@ from lapefast.errors import InputError
 from lapefast.models import fingerprint
 from lapefast.models.structure import find_ffns
 
-__all__ = ["ENVIRONMENT", "check_fingerprint", "checkpoint_fingerprint"]
+__all__ = ["ENVIRONMENT", "check_fingerprint", "checkpoint_fingerprint", "empty_model"]
 
 ENVIRONMENT = "LAPEFAST_CHECK_FINGERPRINT"
 _log = logging.getLogger("vllm.lapefast")  # under vLLM's logger, so that a server shows it
@@ -29,7 +29,6 @@ _log = logging.getLogger("vllm.lapefast")  # under vLLM's logger, so that a serv
 def check_fingerprint(config: Any, served: Served) -> None:
     """Compare a vLLM model configuration's checkpoint with the model that the edits are bound to.
 
-    A checkpoint that can't be read so (quantised, or not safetensors) is named in a warning;
     `LAPEFAST_CHECK_FINGERPRINT=0` leaves the comparison out.
 
     Raises:
@@ -37,21 +36,9 @@ def check_fingerprint(config: Any, served: Served) -> None:
     """
     if os.environ.get(ENVIRONMENT) == "0":
         return
-    try:
-        actual = checkpoint_fingerprint(
-            _directory(config.model, config.revision), config.trust_remote_code
-        )
-    except InputError:
-        raise
-    except Exception as error:  # transformers, safetensors and the hub each raise their own
-        _log.warning(
-            "The fingerprint of %s can't be taken (%s: %s): of the edits, sites and widths are "
-            "checked and the weights are not.",
-            config.model, type(error).__name__, error,
-        )  # fmt: skip
-        return
+    actual = checkpoint_fingerprint(config)
     expected = served.layout.fingerprint
-    if expected is not None and actual != expected:
+    if None not in (actual, expected) and actual != expected:
         raise InputError(
             f"the edits are bound to {served.layout.model or 'a model'} with fingerprint "
             f"{expected[:12]}, but {config.model} has {actual[:12]}; serve that model, or set "
@@ -59,18 +46,56 @@ def check_fingerprint(config: Any, served: Served) -> None:
         )
 
 
-def checkpoint_fingerprint(directory: Path, trust_remote_code: bool = False) -> str:
-    """The fingerprint of the model in a directory, without loading more of it than that needs.
+def checkpoint_fingerprint(config: Any) -> str | None:
+    """The fingerprint of a vLLM model configuration's checkpoint, by no more weights than it needs.
+
+    None, with a warning that says why, for one that can't be read so: quantised, or not
+    safetensors.
 
     Raises:
         InputError: it has FFNs that lapefast can't find, or weights of another shape.
-        OSError, KeyError: it has no safetensors, or not those of its configuration.
+    """
+    try:
+        directory = _directory(config.model, config.revision)
+        model = empty_model(directory, trust_remote_code=config.trust_remote_code)
+        return fingerprint(_filled(model, directory))
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        _log.warning(
+            "The fingerprint of %s can't be taken (%s: %s): its sites and widths are checked and "
+            "the weights are not.",
+            config.model, type(error).__name__, error,
+        )  # fmt: skip
+        return None
+
+
+def empty_model(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The causal model of a configuration, on the meta device: its structure without weights.
+
+    Args:
+        name: a directory, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: it is an encoder-decoder.
+        Exception: of transformers and the hub, each its own.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, revision=revision, **options)
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder; under vLLM lapefast handles decoders only")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _filled(model: nn.Module, directory: Path) -> nn.Module:
+    """The model with the last projections of a directory's safetensors."""
     files = _files(directory)
     paths = {id(module): path for path, module in model.named_modules()}
     for ffn in find_ffns(model):
@@ -82,7 +107,7 @@ def checkpoint_fingerprint(directory: Path, trust_remote_code: bool = False) -> 
                     f"configuration says {list(empty.shape)}"
                 )
             ffn.last.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    return fingerprint(model)
+    return model
 
 
 def _directory(model: str, revision: str | None) -> Path:

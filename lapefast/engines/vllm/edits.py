@@ -1,131 +1,111 @@
-"""The op that stands where an FFN's activation stood: the product, with each row's own edit."""
+"""A worker that serves edits: each row's own, in place of every FFN's activation."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import weakref
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lapefast.models.activations import fused_dtypes
+from lapefast.engines.vllm.activation import PlacedActivation
+from lapefast.engines.vllm.checkpoint import check_fingerprint
+from lapefast.engines.vllm.placement import FFN
+from lapefast.engines.vllm.rows import Rows
+from lapefast.engines.vllm.runner import Task, load
+from lapefast.engines.vllm.served import Served, served_here
 from lapefast.neurons.edits import Table
 from lapefast.ops import edit
 
-__all__ = ["EditedActivation", "Rows"]
+__all__ = ["EditedActivation", "Serving", "install", "installed"]
+
+_MARK = "_lapefast_edits"
 
 
-class Rows:
-    """What the FFNs of one model share in a forward: the edit of each row, and proof of having run.
+def installed() -> bool:
+    """Whether workers made in this process serve edits."""
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    Attributes:
-        sets: int32 [capacity]: the set of each row, -1 where there is none.
-        fired: int64 [FFNs, 2]: how often each FFN ran since `begin`, and over how many rows.
-        flags: int64 [2], as the op counts them.
-    """
-
-    def __init__(self, capacity: int, ffns: int, device: torch.device) -> None:
-        self.sets = torch.full((capacity,), -1, dtype=torch.int32, device=device)
-        self.fired = torch.zeros(ffns, 2, dtype=torch.int64, device=device)
-        self.flags = torch.zeros(2, dtype=torch.int64, device=device)
-        self._used = 0
-
-    def begin(self, sets: Tensor) -> None:
-        """Before a forward whose first rows have these sets (int32, on the CPU)."""
-        self._used = len(sets)
-        self.sets[: self._used].copy_(sets)
-        self.fired.zero_()
-
-    def end(self) -> None:
-        """After it: the rows of warm-up and dummy forwards have no edit."""
-        self.sets[: self._used].fill_(-1)
-
-    def check(self, rows: int, sites: Sequence[str]) -> None:
-        """Raise RuntimeError unless every FFN ran exactly once over so many rows."""
-        for site, (times, seen) in zip(sites, self.fired.tolist(), strict=True):
-            if times != 1 or seen != rows:
-                raise RuntimeError(
-                    f"the edits' op at {site} must run once in a forward, over its {rows} rows; "
-                    f"it ran {times} times, over {seen}. The model was compiled without it, or "
-                    "computes this FFN in another way: no answer of this server can be trusted"
-                )
-        if self.flags[1]:
-            raise RuntimeError(f"{int(self.flags[1])} indices of edits were out of range")
+    return hasattr(WorkerBase, _MARK)
 
 
-class EditedActivation(nn.Module):
-    """Takes an activation's place: `act(gate) * up` of a fused input, or `act(x)`, edited.
+def install() -> None:
+    """Place edits in the model of every worker made from here on. Safe to repeat."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if installed():
+        return
+    setattr(WorkerBase, _MARK, None)
+    original = WorkerBase.__init__
+
+    @functools.wraps(original)
+    def construct(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        served = served_here()
+        if served is not None:
+            # On the instance: platforms have workers, and so ways to load a model, of their own.
+            self.load_model = functools.partial(_load, self, self.load_model, served)
+
+    WorkerBase.__init__ = construct
+
+
+def _load(worker: Any, original: Any, served: Served, *args: Any, **kwargs: Any) -> None:
+    rows = load(worker, functools.partial(original, *args, **kwargs), Serving(served))
+    check_fingerprint(worker.model_config, served)
+    setattr(worker.model_runner, _MARK, rows)
+
+
+class Serving(Task):
+    """The edits of a file, each for the requests that ask for it."""
+
+    what = "edits"
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.layout = served, served.layout
+
+    def placed(self, site: str, ffn: FFN, rows: Rows, number: int) -> EditedActivation:
+        """The edits' tables of what this rank holds of a site."""
+        tables = [_part(edit.tables.get(site), ffn) for edit in self.served.edits]
+        return EditedActivation(ffn, rows, number, tables)
+
+    def index(self, runner: Any) -> Tensor:
+        """The set of each row, int32 [rows]."""
+        requests = runner.input_batch.req_ids
+        sets = [self.served.set_of(_extra_args(runner.requests[name])) for name in requests]
+        lengths = np.diff(runner.query_start_loc.np[: len(requests) + 1])
+        return torch.from_numpy(np.repeat(np.array(sets, dtype=np.int32), lengths))
+
+
+class EditedActivation(PlacedActivation):
+    """The product with each row's own edit.
 
     Args:
-        activation: what computes the activation alone, of `gate` or of the whole input.
-        gated: whether the input is `[gate, up]`, [rows, 2 * width].
-        width: neurons here, which is a part of the site's under tensor parallelism.
+        ffn, rows, number: as `PlacedActivation` takes them.
         tables: per set, the edit of these neurons, or None.
-        rows: what the model's FFNs share.
-        number: which of them this is.
     """
 
-    def __init__(
-        self,
-        activation: nn.Module,
-        gated: bool,
-        width: int,
-        tables: Sequence[Table | None],
-        rows: Rows,
-        number: int,
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gated, self.width = gated, width
-        device = rows.sets.device
-        self._kernel, self._fused = fused_dtypes(activation, device, "auto", True)
-        self._tables = tuple(table.to(device) for table in _packed(tables))
-        self._rows = rows
-        self._calls, self._seen = rows.fired[number]
-        # A tensor and not a number: layers that differ in nothing else are compiled once.
-        key = next(_keys)
-        self.register_buffer("key", torch.tensor(key, device="cpu"), persistent=False)
-        _placed[key] = self
+    def __init__(self, ffn: FFN, rows: Rows, number: int, tables: Sequence[Table | None]) -> None:
+        super().__init__(ffn, rows, number)
+        self._tables = tuple(table.to(rows.index.device) for table in _packed(tables))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.lapefast.edit_served(x, self.gated, self.key)
-
-    def compute(self, x: Tensor) -> Tensor:
-        """What the op does: [..., 2 * width or width] to [..., width]."""
-        if x.shape[-1] != self.width * (2 if self.gated else 1):
-            raise RuntimeError(
-                f"an FFN of {self.width} neurons was given an input of width {x.shape[-1]}"
-            )
-        gate, up = (x[..., : self.width], x[..., self.width :]) if self.gated else (x, None)
-        number = x.numel() // x.shape[-1]
-        self._calls.add_(1)
-        self._seen.add_(number)
-        kernel = self._kernel
-        if x.dtype not in self._fused:
-            gate, kernel = self.activation(gate), "identity"
-        sets = self._rows.sets[:number]
-        return edit(gate, up, kernel, sets, *self._tables, self._rows.flags)
+    def product(self, gate: Tensor, up: Tensor | None, kernel: str, index: Tensor) -> Tensor:
+        return edit(gate, up, kernel, index, *self._tables, self.flags)
 
 
-# The op finds its module here, in the way that vLLM's attention finds its layer.
-_placed: weakref.WeakValueDictionary[int, EditedActivation] = weakref.WeakValueDictionary()
-_keys = itertools.count()
-
-_LIBRARY = torch.library.Library("lapefast", "FRAGMENT")
-_LIBRARY.define("edit_served(Tensor x, bool gated, Tensor key) -> Tensor")
+def _extra_args(request: Any) -> dict[str, Any] | None:
+    return getattr(request.sampling_params, "extra_args", None)
 
 
-def _compute(x: Tensor, gated: bool, key: Tensor) -> Tensor:
-    return _placed[int(key)].compute(x)
-
-
-@torch.library.register_fake("lapefast::edit_served", lib=_LIBRARY)
-def _(x, gated, key):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
-
-
-_LIBRARY.impl("edit_served", _compute, "CompositeExplicitAutograd")
+def _part(table: Table | None, ffn: FFN) -> Table | None:
+    """The part of a site's edit that this rank holds, counted from its first neuron."""
+    if table is None:
+        return None
+    neurons, scale, shift = table
+    held = (neurons >= ffn.start) & (neurons < ffn.stop)
+    return neurons[held] - ffn.start, scale[held], shift[held]
 
 
 def _packed(tables: Sequence[Table | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

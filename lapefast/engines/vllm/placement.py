@@ -1,8 +1,7 @@
-"""Where a model's FFNs are under vLLM, and edits placed in them.
+"""Where a model's FFNs are under vLLM, and which site each of them is.
 
 vLLM has its own classes for models. A module is an FFN if it owns an activation and one
-row-parallel linear layer, which is the last projection. The FFNs found must be the edit file's
-sites: as many, of the same names after one prefix, of the same widths.
+row-parallel linear layer, which is the last projection.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lapefast.engines.vllm.edits import EditedActivation, Rows
-from lapefast.engines.vllm.served import Served
 from lapefast.errors import InputError
-from lapefast.neurons.edits import Table
+from lapefast.neurons import Layout
 
-__all__ = ["FFN", "find", "place"]
+__all__ = ["FFN", "find", "matched"]
 
 _NAMES = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 _PLAIN = {
@@ -57,37 +54,11 @@ class FFN:
     stop: int
 
 
-def place(model: nn.Module, served: Served, capacity: int, device) -> Rows:
-    """Put the op in place of every FFN's activation.
-
-    Args:
-        model: as vLLM loaded it, not compiled yet.
-        served: the edits.
-        capacity: the most rows of a forward.
-        device: where the model is.
-
-    Returns:
-        What the FFNs share. The op of FFN i is that of site i of the edits' layout.
-
-    Raises:
-        InputError: the model's FFNs are not the sites of the edits, or can't be edited.
-    """
-    ffns = find(model)
-    _check(ffns, served)
-    rows = Rows(capacity, len(ffns), device)
-    for number, (site, ffn) in enumerate(zip(served.layout.sites, ffns, strict=True)):
-        tables = [_part(edit.tables.get(site), ffn) for edit in served.edits]
-        width = ffn.stop - ffn.start
-        edited = EditedActivation(ffn.activation, ffn.gated, width, tables, rows, number)
-        setattr(ffn.owner, ffn.name, edited)
-    return rows
-
-
 def find(model: nn.Module) -> list[FFN]:
     """The FFNs of a model's language part, in definition order.
 
     Raises:
-        InputError: there is none, or one whose activation can't be edited.
+        InputError: there is none, or one whose activation can't be handled.
     """
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -109,10 +80,43 @@ def find(model: nn.Module) -> list[FFN]:
     if not ffns:
         raise InputError(
             f"in {type(model).__name__} there is no FFN whose activation is a module beside a "
-            f"row-parallel projection (as mlp.act_fn beside mlp.down_proj); its edits can't be "
-            "served by the plugin"
+            f"row-parallel projection (as mlp.act_fn beside mlp.down_proj), so its neurons can be "
+            "neither edited nor counted under vLLM"
         )
     return ffns
+
+
+def matched(ffns: Sequence[FFN], layout: Layout, what: str) -> dict[str, FFN]:
+    """Site -> its FFN: as many as the layout has, of the same names after one prefix, and widths.
+
+    Args:
+        ffns: as found.
+        layout: the sites.
+        what: is to be done there, in the plural, for messages.
+
+    Raises:
+        InputError: they are not the layout's.
+    """
+    sites, widths = layout.sites, layout.widths
+    model, serve = layout.model or "another model", f"serve the model of these {what}"
+    if len(ffns) != len(sites):
+        raise InputError(
+            f"the {what} are for {len(sites)} sites of {model}, but the model that is served has "
+            f"{len(ffns)} FFNs; {serve}"
+        )
+    prefix = ffns[0].path.removesuffix(str(sites[0]))
+    for site, ffn in zip(sites, ffns, strict=True):
+        if ffn.path != f"{prefix}{site}" or (prefix and not prefix.endswith(".")):
+            raise InputError(
+                f"the {what} are for a site {site} of {model}, but the model that is served has "
+                f"the FFN {ffn.path} there; {serve}"
+            )
+        if ffn.width != widths[site]:
+            raise InputError(
+                f"the {what} are for a site {site} of width {widths[site]} of {model}, but the "
+                f"model that is served has {ffn.width} neurons there; {serve}"
+            )
+    return dict(zip(sites, ffns, strict=True))
 
 
 def _alone(path: str, activation: nn.Module) -> tuple[nn.Module, bool]:
@@ -127,38 +131,6 @@ def _alone(path: str, activation: nn.Module) -> tuple[nn.Module, bool]:
         return activation, False
     raise InputError(
         f"the FFN {path} has an activation of the class {cls.__module__}.{cls.__name__}, which "
-        "the plugin can't edit; it edits SiluAndMul, GeluAndMul and "
+        "lapefast does not know; it knows SiluAndMul, GeluAndMul and "
         f"{', '.join(sorted(set().union(*_PLAIN.values())))}"
     )
-
-
-def _check(ffns: Sequence[FFN], served: Served) -> None:
-    sites, widths = served.layout.sites, served.layout.widths
-    model = served.layout.model or "another model"
-    if len(ffns) != len(sites):
-        raise InputError(
-            f"the edits are for {len(sites)} sites of {model}, but the model that is served has "
-            f"{len(ffns)} FFNs; serve the model that the edits are bound to"
-        )
-    prefix = ffns[0].path.removesuffix(str(sites[0]))
-    for site, ffn in zip(sites, ffns, strict=True):
-        if ffn.path != f"{prefix}{site}" or (prefix and not prefix.endswith(".")):
-            raise InputError(
-                f"the edits are for a site {site} of {model}, but the model that is served has "
-                f"the FFN {ffn.path} there; serve the model that the edits are bound to"
-            )
-        if ffn.width != widths[site]:
-            raise InputError(
-                f"the edits are for a site {site} of width {widths[site]} of {model}, but the "
-                f"model that is served has {ffn.width} neurons there; serve the model that the "
-                "edits are bound to"
-            )
-
-
-def _part(table: Table | None, ffn: FFN) -> Table | None:
-    """The part of a site's edit that this rank holds, counted from its first neuron."""
-    if table is None:
-        return None
-    neurons, scale, shift = table
-    held = (neurons >= ffn.start) & (neurons < ffn.stop)
-    return neurons[held] - ffn.start, scale[held], shift[held]

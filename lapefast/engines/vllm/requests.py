@@ -56,7 +56,7 @@ def _checking(original):
         if served is None:
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        extra_args = getattr(given["params"], "extra_args", None)
+        extra_args = _extra_args(given["params"])
         chosen = _chosen(served, extra_args)
         if given.get("resumable") and ARGUMENT in (extra_args or ()):
             raise _refusal(
@@ -83,6 +83,21 @@ def _refusing(original):
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def _extra_args(params: Any) -> Mapping[str, Any] | None:
+    """The extra arguments by which a request may ask; a pooling request may not."""
+    from vllm import SamplingParams
+
+    if isinstance(params, SamplingParams):
+        return params.extra_args
+    others = getattr(params, "extra_args", None), getattr(params, "extra_kwargs", None)
+    if any(str(key).startswith("lapefast") for given in others for key in given or ()):
+        raise _refusal(
+            f"{ARGUMENT} is for requests that generate, with SamplingParams; this one has "
+            f"{type(params).__name__}. Let the whole server have the edit"
+        )
+    return None
 
 
 def _chosen(served: Served, extra_args: Mapping[str, Any] | None) -> int:

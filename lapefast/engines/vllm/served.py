@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lapefast import __version__
 from lapefast.engines.vllm import ARGUMENT, ENVIRONMENT
 from lapefast.errors import InputError
 from lapefast.neurons import Edit, Layout, load_edits
@@ -74,12 +73,6 @@ class Served:
         if chosen < 0:
             return None if salt is None else f"none {salt}"
         return f"{self.digests[chosen]} {salt or ''}"
-
-    @property
-    def compile_factor(self) -> str:
-        """What code compiled for this server depends on, beside what vLLM knows of."""
-        sites = "".join(f"{site}|{self.layout.widths[site]}\n" for site in self.layout.sites)
-        return f"{__version__} {hashlib.sha256(sites.encode()).hexdigest()}"
 
 
 def served_here() -> Served | None:
