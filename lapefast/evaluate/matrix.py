@@ -136,7 +136,7 @@ class PerplexityMatrix:
         try:
             content = json.loads(file.read_text("utf-8"))
             known = content["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"the matrix file {path} is not one of lapefast's, or is cut short or damaged"
             ) from error

@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> Arguments:
 
 
 def _arguments(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Arguments:
-    sites = [Site(**entry) for entry in about["sites"]]
+    sites = [_site(**entry) for entry in about["sites"]]
     stacks = list(dict.fromkeys(site.stack for site in sites))
     tokens = {stack: tensors.pop(_tokens_name(stack, stacks)) for stack in stacks}
     statistics = {
@@ -68,6 +68,14 @@ def _arguments(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Argum
         for name in about["statistics"]
     }
     return list(about["labels"]), sites, tokens, statistics, dict(about["metadata"])
+
+
+def _site(**entry: Any) -> Site:
+    site = Site(**entry)
+    texts = all(isinstance(text, str) for text in (site.name, site.activation, site.stack))
+    if not texts or not all(type(n) is int and n > 0 for n in (site.width, site.calls)):
+        raise ValueError(f"{entry!r:.80} is no site")
+    return site
 
 
 def _tensors(profile: Profile) -> dict[str, torch.Tensor]:

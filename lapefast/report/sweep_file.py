@@ -31,12 +31,14 @@ def read_sweep(
     try:
         lines = existing_file(path, "sweep file").read_text("utf-8").splitlines()
         rows = [SweepRow(**json.loads(line)) for line in lines if line.strip()]
+        if not all(map(_is_row, rows)):
+            raise ValueError("a field is of another type")
         pairs = list(
             dict.fromkeys((one.source, one.target) for one in rows if one.kind == "edited")
         )
         labels = list(dict.fromkeys(label for pair in pairs for label in pair))
         sets = len({one.set for one in rows if one.kind == "random"})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is not a sweep file, or is cut short or damaged; give one made by "
             "`lapefast sweep`"
@@ -51,3 +53,17 @@ def read_sweep(
         raise InputError(
             f"the sweep file {path} lacks generations of a pair; it is cut short, make it again"
         ) from error
+
+
+def _is_row(row: SweepRow) -> bool:
+    texts = (row.source, row.kind, row.prompt, row.text)
+    maybe_texts = (row.target, row.language)
+    edited = row.kind == "unedited" or isinstance(row.target, str)
+    return (
+        edited
+        and all(isinstance(text, str) for text in texts)
+        and all(text is None or isinstance(text, str) for text in maybe_texts)
+        and (row.set is None or type(row.set) is int)
+        and isinstance(row.tokens, list)
+        and type(row.nll) in (int, float)
+    )

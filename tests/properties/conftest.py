@@ -12,6 +12,6 @@ _COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("suite", derandomize=True, max_examples=150, **_COMMON)
-settings.register_profile("long", max_examples=1500, **_COMMON)
+settings.register_profile("suite", derandomize=True, max_examples=100, **_COMMON)
+settings.register_profile("long", max_examples=1000, **_COMMON)
 settings.load_profile("suite")
