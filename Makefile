@@ -14,20 +14,29 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 PYTEST := $(BIN)/python -m pytest --timeout=300
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
-.PHONY: demo test test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
+.PHONY: demo test test-covered test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
 	test-arm test-wheel test-transformers4 test-vllm bench gpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
 # Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-long test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
+test test-covered test-long test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
 	test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not long"
 
-test-all: test lint test-long test-cpp test-sanitizers test-arm test-cuda-on-cpu test-triton \
+# `test`, and after it the lines of lapefast/ that ran and the sentences about bad input that came.
+test-covered: $(VENV)/.ready
+	rm -f build/coverage build/coverage.*
+	mkdir -p build
+	$(BIN)/python -m coverage run -m pytest --timeout=300 -m "not long"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+	$(BIN)/python tests/messages.py
+
+test-all: test-covered lint test-long test-cpp test-sanitizers test-arm test-cuda-on-cpu test-triton \
 	test-wheel test-transformers4 test-vllm
 
 test-long: $(VENV)/.ready

@@ -84,6 +84,8 @@ def test_sharing_reads_parallel_examples(lapefast, made, tmp_path):
         (["--method", "sharing"], "give them by --examples"),
         (["--method", "experts"], "give them by --corpus"),
         (["--method", "experts", "--corpus", "en=x", "--details", "n.json"], "are one file"),
+        (["--method", "plnd", "--corpus", "en=x", "--top-ffn", "9"], "and --top-attention, or"),
+        (["--method", "sharing", "--examples", "x", "--corpus", "en=x"], "leave --corpus out"),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(lapefast, tmp_path, monkeypatch, arguments, said):
@@ -92,6 +94,21 @@ def test_what_a_method_does_not_take_is_refused(lapefast, tmp_path, monkeypatch,
     assert result.code == 2
     assert said in result.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "said"),
+    [
+        ("file", ["--method", "plnd", "--corpus", "en=x"], "PLND runs a model, but file is a file"),
+        (".", [], "LAPE reads a profile, but . is a directory"),
+    ],
+)
+def test_a_model_is_told_from_a_profile(lapefast, tmp_path, monkeypatch, source, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    result = lapefast("identify", source, "-o", "n.json", *arguments)
+    assert result.code == 2
+    assert said in result.err
 
 
 def test_what_a_method_measured_is_no_neuron_file(lapefast, tmp_path):

@@ -1,4 +1,4 @@
-"""What is written is what is read; profiles add up in any order; rows of a corpus are its tokens."""
+"""What is written is what is read; profiles add up in any order; a corpus is its tokens."""
 
 from __future__ import annotations
 
