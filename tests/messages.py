@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     ("recording.py", "Recorder.check"): "a GPU alone skips an index and counts it: `make gpu`",
     ("recording.py", "Recorder._reached"): "a placement of which nothing fires was refused before",
+    ("ops/backends/triton.py", "_matrices"): "`make test-triton`",
 }
 
 
