@@ -14,31 +14,48 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 PYTEST := $(BIN)/python -m pytest --timeout=300
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
-.PHONY: demo test test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
-	test-wheel test-transformers4 test-vllm bench gpu lint clean
+.PHONY: demo test test-covered test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
+	test-arm test-wheel test-transformers4 test-vllm bench gpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
 # Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-long test-cuda-on-cpu test-triton test-transformers4 test-vllm \
+test test-covered test-long test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
 	test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not long"
 
-test-all: test lint test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton test-wheel \
-	test-transformers4 test-vllm
+# `test`, and after it the lines of lapefast/ that ran and the sentences about bad input that did not
+# come: named, and not yet a failure.
+test-covered: $(VENV)/.ready
+	rm -f build/coverage build/coverage.*
+	mkdir -p build
+	$(BIN)/python -m coverage run -m pytest --timeout=300 -m "not long"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+	-$(BIN)/python tests/messages.py
+
+test-all: test-covered lint test-long test-cpp test-sanitizers test-arm test-cuda-on-cpu test-triton \
+	test-wheel test-transformers4 test-vllm
 
 test-long: $(VENV)/.ready
 	$(PYTEST) -m long
+	$(PYTEST) tests/properties --hypothesis-profile=long
 
 test-cpp: $(VENV)/.ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh release
 
-# The C++ tests under the address, undefined-behaviour and thread sanitizers.
+# The C++ tests under the address, undefined-behaviour and thread sanitizers; the native library, as
+# Python calls it, under the first two.
 test-sanitizers: $(VENV)/.ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh address,undefined thread
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/native_sanitized.sh
+
+# The CPU kernels compiled for 64-bit Arm and run under emulation, as far as the tools are there.
+test-arm: $(VENV)/.ready
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/arm.sh
 
 # The GPU's kernels without a GPU: CUDA C++ compiled for the CPU, Triton in its interpreter. (What
 # they compile to for a GPU is read in tests/kernels_compiled, by `make test`.)

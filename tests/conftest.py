@@ -19,14 +19,16 @@ def pytest_addoption(parser):
     parser.addoption("--backend", default="cpu", help="whose ops are tested")
     parser.addoption("--device", default="cpu", help="where the tensors of the ops' tests are")
     parser.addoption(
-        "--cuda-on-cpu", help="a native library whose GPU kernels run on a CPU, to test `cuda` with"
+        "--native",
+        help="a native library to test in place of the installed one: built with sanitizers, or "
+        "with GPU kernels that run on a CPU, which `--backend cuda` then asks for",
     )
 
 
 def pytest_configure(config):
-    path = config.getoption("--cuda-on-cpu")
+    path = config.getoption("--native")
     if path:
-        # In place of the installed one, before anything has imported that.
+        # Before anything has imported the installed one.
         assert "lapefast" not in sys.modules
         spec = importlib.util.spec_from_file_location("lapefast._native", path)
         sys.modules["lapefast._native"] = importlib.util.module_from_spec(spec)
@@ -34,7 +36,8 @@ def pytest_configure(config):
         from lapefast.ops.backends import cuda, native
 
         assert native.library.__file__ == path
-        cuda.why_not = lambda device_type: None
+        if native.library.has_cuda:
+            cuda.why_not = lambda device_type: None
 
 
 @pytest.fixture(scope="session")

@@ -5,4 +5,4 @@ build=build/cuda-on-cpu
 cmake -S . -B $build -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DLAPEFAST_CUDA=ON_CPU >/dev/null
 cmake --build $build --parallel "${JOBS:-2}"
 python -m pytest --timeout=300 -m "not long" tests/ops/test_op_profile.py tests/ops/test_op_edit.py \
-    --backend cuda --cuda-on-cpu "$(ls "$PWD"/$build/_native*.so)"
+    --backend cuda --native "$(ls "$PWD"/$build/_native*.so)"

@@ -204,6 +204,11 @@ def test_a_recorder_that_can_not_be_is_refused_and_the_model_kept(llama, options
     plain.assert_untouched(before, llama)
 
 
+def test_a_model_in_another_dtype_is_refused():
+    with pytest.raises(InputError, match="computes in torch.float64; lapefast takes"):
+        lf.record(by_name("llama").build().double(), LABELS)
+
+
 def test_a_model_without_ffns_is_refused():
     with pytest.raises(InputError, match="Linear has no feed-forward block.*adding-a-model"):
         lf.record(torch.nn.Linear(3, 3), LABELS)

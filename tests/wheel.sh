@@ -19,7 +19,10 @@ check() { # environment, wheel, what to run
 echo "wheel with the native library"
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/native" "$work/source"
 check "$work/venv-native" "$(ls "$work"/native/lapefast-*.whl)" \
-    "$root/tests/ops $root/tests/test_build.py $root/tests/test_recording.py"
+    "$root/tests/ops $root/tests/properties $root/tests/neurons $root/tests/profiles
+    $root/tests/corpus $root/tests/steering $root/tests/cli $root/tests/test_build.py
+    $root/tests/test_files.py $root/tests/test_recording.py $root/tests/test_concurrency.py"
+"$work/venv-native/bin/python" "$root/tests/wheel_smoke.py"
 
 echo "wheel without it"
 LAPEFAST_BUILD_NATIVE=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/pure" "$work/source"

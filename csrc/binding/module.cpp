@@ -61,11 +61,12 @@ lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle
     if (object.is_none()) return;
     const Tensor statistic(object, name);
     const std::int64_t held = statistic.rows();
-    statistic.expect(call.statistics.groups == none || held == call.statistics.groups,
+    statistic.expect(statistic.dimensions() > 0 && statistic.width() == call.width &&
+                         (call.statistics.groups == none || held == call.statistics.groups),
                      "is of another size");
     call.statistics.groups = held;
-    address =
-        statistic.contiguous<std::remove_reference_t<decltype(*address)>>(held * call.width, gate);
+    address = statistic.contiguous<std::remove_reference_t<decltype(*address)>>(
+        statistic.elements(), gate);
   };
   add_statistic(counts, "counts", call.statistics.counts);
   add_statistic(sums, "sums", call.statistics.sums);
@@ -83,7 +84,8 @@ lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle produ
   set_rows(call, activation, gate, up, product);
   if (product.is_none()) throw std::invalid_argument("edit needs a product.");
   if (call.product.data == call.gate.data && call.gate.data &&
-      (call.activation != lapefast::Activation::identity || call.up.data))
+      (call.activation != lapefast::Activation::identity || call.up.data ||
+       call.product.stride != call.gate.stride))
     throw std::invalid_argument("edit writes over gate only where nothing else is computed.");
   call.sets = row_index(sets, "sets", gate);
   const Tensor bounds(offsets, "offsets"), members(neurons, "neurons");
@@ -175,14 +177,16 @@ void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
   key.expect(call.key_heads > 0 && call.heads % call.key_heads == 0,
              "must serve equally many heads each");
   key.expect(call.columns % lapefast::map_unit == 0, "must be padded");
-  const std::int64_t rows = call.heads * call.length;
-  call.query = query.contiguous<float>(rows * call.dimensions, query);
-  call.keys = key.contiguous<float>(call.key_heads * call.dimensions * call.columns, query);
-  call.logits = map.contiguous<float>(rows * call.columns, query);
-  call.probabilities =
-      Tensor(probabilities, "probabilities").contiguous<float>(rows * call.columns, query);
+  key.expect(key.size(1) == call.dimensions, "must have as many dimensions as query");
+  const std::int64_t rows = query.times(call.heads, call.length);
+  const std::int64_t cells = query.times(rows, call.columns);
+  call.query = query.contiguous<float>(query.elements(), query);
+  call.keys = key.contiguous<float>(key.elements(), query);
+  call.logits = map.contiguous<float>(cells, query);
+  call.probabilities = Tensor(probabilities, "probabilities").contiguous<float>(cells, query);
   call.ends = Tensor(ends, "ends").contiguous<std::int32_t>(rows, query);
-  call.scores = Tensor(scores, "scores").contiguous<double>(call.heads * call.dimensions, query);
+  call.scores =
+      Tensor(scores, "scores").contiguous<double>(query.times(call.heads, call.dimensions), query);
   py::gil_scoped_release released;
   lapefast::leave_one_out(call, threads);
 }

@@ -92,10 +92,10 @@ class Tensor {
   std::int64_t width() const { return seen_.shape[seen_.dimensions - 1]; }
   std::int64_t rows() const {
     std::int64_t product = 1;
-    for (int at = 0; at + 1 < seen_.dimensions; ++at) product *= seen_.shape[at];
+    for (int at = 0; at + 1 < seen_.dimensions; ++at) product = times(product, seen_.shape[at]);
     return product;
   }
-  std::int64_t elements() const { return seen_.dimensions ? rows() * width() : 1; }
+  std::int64_t elements() const { return seen_.dimensions ? times(rows(), width()) : 1; }
   bool same_type(const Tensor& other) const {
     return seen_.code == other.seen_.code && seen_.bits == other.seen_.bits;
   }
@@ -111,17 +111,25 @@ class Tensor {
   // The tensor as [rows, width]; refused where no single stride leads from row to row.
   Rows as_rows() const {
     expect(seen_.data || elements() == 0, "has no memory");
+    expect_aligned(seen_.bits / 8);
     const int last = seen_.dimensions - 1;
-    if (!seen_.strides) return {data<void>(), width()};
+    if (!seen_.strides || elements() == 0) return {data<void>(), width()};
     expect(seen_.strides[last] == 1 || width() <= 1, "must have a last stride of 1");
     std::int64_t row_stride = width(), extent = -1;
-    for (int at = last - 1; at >= 0 && elements() > 0; --at) {
+    for (int at = last - 1; at >= 0; --at) {
       if (seen_.shape[at] == 1) continue;
       if (extent < 0) row_stride = seen_.strides[at];
       expect(extent < 0 || seen_.strides[at] == extent, "must have rows one fixed stride apart");
       extent = seen_.strides[at] * seen_.shape[at];
     }
     return {data<void>(), row_stride};
+  }
+
+  // Of sizes. A tensor that holds nothing, or one element over and over, may have any.
+  std::int64_t times(std::int64_t a, std::int64_t b) const {
+    std::int64_t product;
+    expect(!__builtin_mul_overflow(a, b, &product), "has sizes that are too large");
+    return product;
   }
 
   // Contiguous elements of a type that is no vector, at the place of `where`.
@@ -134,6 +142,7 @@ class Tensor {
     expect(same_place(where), "is on another device");
     expect(elements() == count, "is of another size");
     expect(seen_.data || count == 0, "has no memory");
+    expect_aligned(sizeof(T));
     std::int64_t stride = 1;
     for (int at = seen_.dimensions - 1; at >= 0 && seen_.strides && count > 1; --at) {
       expect(seen_.shape[at] == 1 || seen_.strides[at] == stride, "must be contiguous");
@@ -147,6 +156,12 @@ class Tensor {
   }
 
  private:
+  // Views of bytes, as `torch.frombuffer` makes them, may start anywhere.
+  void expect_aligned(std::size_t size) const {
+    expect(reinterpret_cast<std::uintptr_t>(data<void>()) % size == 0,
+           "must begin at a multiple of its elements' size");
+  }
+
   void ask(py::handle tensor) {
     for (const py::handle size : tensor.attr("shape")) own_.push_back(size.cast<std::int64_t>());
     const std::size_t dimensions = own_.size();

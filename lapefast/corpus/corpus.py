@@ -211,7 +211,8 @@ class Corpus:
             for tokens in self._tokenisation().tokens(self._source.pieces()):
                 refuse_foreign_ids(tokens.ids, self._vocab_size, position)
                 position += len(tokens.ids)
-                first, *others = torch.from_numpy(tokens.ids).tensor_split(tokens.starts.tolist())
+                # A copy: ids may lie in a file that is mapped to be read only.
+                first, *others = torch.tensor(tokens.ids).tensor_split(tokens.starts.tolist())
                 held.append(first)
                 for part, start in zip(others, tokens.starts, strict=True):
                     if sum(map(len, held)):

@@ -65,7 +65,7 @@ def read(path: str | os.PathLike[str]) -> Arguments:
 
 
 def _arguments(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Arguments:
-    sites = [Site(**entry) for entry in about["sites"]]
+    sites = [_site(**entry) for entry in about["sites"]]
     stacks = list(dict.fromkeys(site.stack for site in sites))
     dealt = [*stacks, *(site.name for site in sites if site.experts)]
     tokens, shard_tokens = (
@@ -88,6 +88,14 @@ def _described(site: Site) -> dict[str, Any]:
     """A site's fields; a dense one's as files had them before there were mixtures."""
     fields = dataclasses.asdict(site)
     return fields if site.experts else {k: v for k, v in fields.items() if k != "experts"}
+
+
+def _site(**entry: Any) -> Site:
+    site = Site(**entry)
+    texts = all(isinstance(text, str) for text in (site.name, site.activation, site.stack))
+    if not texts or not all(type(n) is int and n > 0 for n in (site.width, site.calls)):
+        raise ValueError(f"{entry!r:.80} is no site")
+    return site
 
 
 def _tensors(profile: Profile) -> dict[str, torch.Tensor]:

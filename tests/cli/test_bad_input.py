@@ -125,7 +125,8 @@ def test_a_model_that_is_none(lapefast, made, tmp_path, kind):
     refused(result, "model")
 
 
-@pytest.mark.parametrize("target", ["nowhere/p.safetensors", ".", "-"])
+# Nobody, root included, makes a file in /proc.
+@pytest.mark.parametrize("target", ["nowhere/p.safetensors", ".", "-", "/proc/p.safetensors"])
 def test_an_output_that_cannot_be_written_is_refused_before_work(
     lapefast, made, tmp_path, monkeypatch, target
 ):

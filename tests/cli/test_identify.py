@@ -118,6 +118,21 @@ def test_what_a_method_does_not_take_is_refused_before_the_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("source", "arguments", "said"),
+    [
+        ("file", ["--method", "plnd", "--corpus", "en=x"], "PLND runs a model, but file is a file"),
+        (".", [], "LAPE reads a profile, but . is a directory"),
+    ],
+)
+def test_a_model_is_told_from_a_profile(lapefast, tmp_path, monkeypatch, source, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    result = lapefast("identify", source, "-o", "n.json", *arguments)
+    assert result.code == 2
+    assert said in result.err
+
+
 def test_what_a_method_measured_is_no_neuron_file(lapefast, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "d.safetensors")
     given = ("--neurons", tmp_path / "d.safetensors", "-o", tmp_path / "r.html")

@@ -84,6 +84,7 @@ def test_two_files_of_one_name_are_told_apart(lapefast, files, tmp_path):
         (["--experts", "{p}"], "it is not"),
         (["--sharing", "{n}"], "not a sharing file"),
         (["--neurons", "{n}", "--language", "en"], "--language must be LABEL=CODE"),
+        (["--neurons", "{n}", "--language", "english=en"], "give one by --sweep"),
         (["--neurons", "{n}", "--figures", "{n}"], "give a directory"),
     ],
 )

@@ -53,6 +53,17 @@ def parquet(path: Path, **columns: Any) -> str:
     return str(path / "t.parquet")
 
 
+def link_to_nothing(path: Path) -> str:
+    (path / "texts").mkdir()
+    (path / "texts" / "t.txt").symlink_to(path / "missing.txt")
+    return str(path / "texts")
+
+
+def saved(path: Path) -> str:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(path / "saved")
+    return str(path / "saved")
+
+
 def saved_splits(path: Path) -> str:
     one = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict(train=one, test=one).save_to_disk(path / "splits")
@@ -102,6 +113,12 @@ AT_ONCE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "t.pt cannot be read as an array",
     ),
     "text as tensor": (lambda p: put(p, "t.npy", LINES), "t.npy cannot be read as an array"),
+    "link to nothing": (link_to_nothing, "t.txt cannot be read: No such file"),
+    "damaged data set": (
+        lambda p: str(Path(put(p, "state.json", b"{")).parent),
+        "cannot be read as a saved data set",
+    ),
+    "split of none": (lambda p: saved(p) + "::test", "saved was saved without splits, so test is"),
 }
 
 

@@ -261,6 +261,29 @@ def test_512_neurons_in_a_layer_fit_and_513_do_not(tmp_path):
         lf.export.lora(model, lf.deactivate({"layers.0.mlp": range(513)}), tmp_path / "more")
 
 
+def test_weights_that_leave_the_range_of_the_dtype_are_refused(tmp_path):
+    model = by_name("llama").build().half()
+    nn.init.constant_(model.model.layers[1].mlp.down_proj.weight[:, 3], 40_000)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp: .* leave the range of torch\.float16"):
+        lf.export.lora(model, lf.scale({"layers.1.mlp": [3]}, 3.0), tmp_path / "adapter")
+
+
+def test_columns_and_rows_of_one_layer_are_no_adapter(tmp_path):
+    edit = lf.scale({"layers.1.mlp": [3]}, 2.0) | lf.scale({"layers.1.mlp.down_proj": [1]}, 2.0)
+    with pytest.raises(InputError, match=r"columns and rows of .*layers\.1\.mlp\.down_proj"):
+        lf.export.lora(shared("llama"), edit, tmp_path / "adapter")
+
+
+def test_the_bias_of_edited_outputs_is_refused(tmp_path):
+    model = by_name("opt").build()
+    layer = model.model.decoder.layers[0].self_attn.q_proj
+    nn.init.ones_(layer.bias)
+    with pytest.raises(InputError, match=r"q_proj: an adapter leaves the bias"):
+        lf.export.lora(
+            model, lf.scale({"decoder.layers.0.self_attn.q_proj": [1]}, 2.0), tmp_path / "adapter"
+        )
+
+
 def test_bitnet_whose_norm_an_adapter_can_not_follow_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"layers\.1\.mlp.*lf\.steer"):
         lf.export.lora(shared("bitnet"), lf.deactivate({"layers.1.mlp": [3]}), tmp_path / "adapter")

@@ -106,11 +106,11 @@ class Sweep:
             lines = existing_file(path, "sweep file").read_text("utf-8").split("\n")
             first, *others = [json.loads(line) for line in lines if line.strip()]
             if "format" not in first:
-                found = _without_settings([SweepRow(**one) for one in (first, *others)], languages)
+                found = _without_settings(_rows([first, *others]), languages)
             elif (first["format"], first["version"]) == (_FORMAT, _VERSION):
                 pairs = [(source, target) for source, target in first["pairs"]]
                 overlaps = dict(zip(pairs, first["overlaps"], strict=True))
-                rows = [SweepRow(**one) for one in others]
+                rows = _rows(others)
                 codes = first["codes"] | dict(languages or {})
                 found = cls(pairs, rows, overlaps, codes, first["metadata"])
             else:
@@ -167,3 +167,21 @@ def _without_settings(rows: list[SweepRow], languages: Mapping[str, str] | None)
     codes = LanguageIdentifier(labels, languages).codes
     sets = len({one.set for one in rows if one.kind == "random"})
     return Sweep(pairs, rows, dict.fromkeys(pairs, 0), codes, {"random_sets": sets})
+
+
+def _rows(lines: list[dict[str, Any]]) -> list[SweepRow]:
+    """The rows that the lines of a file say. Raises ValueError or TypeError for no rows."""
+    rows = [SweepRow(**line) for line in lines]
+    for row in rows:
+        texts = (row.source, row.kind, row.prompt, row.text)
+        perhaps = (row.target, row.language)
+        if not (
+            (row.kind == "unedited" or isinstance(row.target, str))
+            and all(isinstance(text, str) for text in texts)
+            and all(text is None or isinstance(text, str) for text in perhaps)
+            and (row.set is None or type(row.set) is int)
+            and isinstance(row.tokens, list)
+            and type(row.nll) in (int, float)
+        ):
+            raise ValueError("a field is of another type")
+    return rows

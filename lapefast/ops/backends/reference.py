@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,7 @@ def edit(
     index = gate.new_zeros(1, dtype=torch.int32) if sets is None else sets
     if size[0]:
         _check_range("edit", "sets", "set", index, number, flags)
-    _check_tables(gate.shape[-1], index, offsets, neurons, flags)
+        _check_tables(gate.shape[-1], index, offsets, neurons, flags)
     made = edited_product(gate, up, activation, sets, offsets, neurons, scale, shift)
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device).copy_(made)
 
@@ -147,7 +149,7 @@ def _count(
     labels = given[0].shape[0] if given else None
     index = torch.zeros(1, dtype=torch.int32, device=activated.device) if groups is None else groups
     op = "observe" if made is activated and up is None else "profile"
-    if activated.numel() // max(width, 1):
+    if math.prod(activated.shape[:-1]):
         _check_range(op, "groups", "group", index, labels, flags)
     index = index.reshape(-1).long()
     valid = index >= 0 if labels is None else (index >= 0) & (index < labels)
