@@ -73,7 +73,8 @@ def sweep() -> Sweep:
         SweepRow("en", target, kind, None, "p", "t", [1, 2], "en", 0.5)
         for target, kind in [(None, "unedited"), ("fr", "edited")]
     ]
-    return Sweep([("en", "fr")], rows, {("en", "fr"): 0}, {"en": "en", "fr": "fr"}, {})
+    about = {"random_sets": 0}
+    return Sweep([("en", "fr")], rows, {("en", "fr"): 0}, {"en": "en", "fr": "fr"}, about)
 
 
 def sets() -> NeuronSets:
