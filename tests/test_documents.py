@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import supported
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -30,3 +31,9 @@ def test_every_path_in_a_document_exists(document):
 def test_every_make_target_in_a_document_exists(document):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert set(TARGET.findall(document.read_text("utf-8"))) <= set(targets)
+
+
+def test_the_readme_says_what_the_tests_run():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for row in supported.rows():
+        assert row in text
