@@ -60,10 +60,29 @@ def refused(run) -> str:
     return ""
 
 
-def look(found, path, dtype, plan, corpora):
+def stopped_and_gone_on(model, corpora, state):
+    """The profile of a run that broke in a forward pass, in all processes alike, and went on."""
+    options = {"batch_size": BATCH, "progress": False, "resume": state, "save_every": 0}
+    calls = []
+
+    def stop(module, given):
+        calls.append(module)
+        if len(calls) == 4:
+            raise ValueError("stopped")
+
+    hook = models.bare_model(model).layers[-1].register_forward_pre_hook(stop)
+    try:
+        lf.profile(model, corpora, **options)
+    except ValueError:
+        hook.remove()
+    return lf.profile(model, corpora, **options)
+
+
+def look(found, path, dtype, plan, corpora, state):
     model = load(path, dtype, plan)
     counted, gate = profile_and_gates(model, corpora, BATCH)
     found["profile"], found["gate"] = counted, gate
+    found["gone on"] = stopped_and_gone_on(model, corpora, state)
     found["sizes"] = parallel_size(model), parallel_size(model.model)
     found["least"] = least(model, 3 + distributed.get_rank())
     site, width = counted.sites[0], counted.site_info[0].width
@@ -102,7 +121,7 @@ def main() -> None:
     for case, given in json.loads((directory / "cases.json").read_text()).items():
         found = results[case] = {}
         try:
-            look(found, directory / given[0], *given[1:], corpora)
+            look(found, directory / given[0], *given[1:], corpora, output / f"state of {case}")
         except InputError as error:
             found["error"] = str(error)
     torch.save(results, output / f"{distributed.get_rank()}.pt")

@@ -108,6 +108,15 @@ def test_every_process_has_all_neurons_and_the_sites_of_the_plain_model(ranks, a
 
 
 @pytest.mark.parametrize("case", COUNTED)
+def test_a_run_that_was_stopped_goes_on_to_the_same_counts(ranks, case):
+    undisturbed = both(ranks, case, "profile")[0]
+    for profile in both(ranks, case, "gone on"):
+        assert torch.equal(profile.tokens, undisturbed.tokens)
+        for site, counts in undisturbed.counts.items():
+            assert torch.equal(profile.counts[site], counts)
+
+
+@pytest.mark.parametrize("case", COUNTED)
 def test_counts_equal_the_eager_expression_on_the_gates_of_that_run(ranks, case):
     name, columns = CASES[case][0], CASES[case][3]
     profiles, gates = both(ranks, case, "profile"), both(ranks, case, "gate")
@@ -229,5 +238,5 @@ def test_what_is_not_finite_in_one_process_is_raised_by_all(ranks, case):
 
 
 def test_one_process_says_that_the_arithmetic_is_another(ranks):
-    # Each case but those refused places three recorders, and those that are split one more.
-    assert ranks[1] == 3 * len(COUNTED) + len(SPLIT)
+    # Each case but those refused places five recorders, and those that are split one more.
+    assert ranks[1] == 5 * len(COUNTED) + len(SPLIT)
