@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapefast.corpus.packing import CorpusReport, pack
+from lapefast.corpus.packing import CorpusReport, Stream, pack
 from lapefast.corpus.pieces import Piece
 from lapefast.corpus.tokens import Tokenisation
+from lapefast.errors import InputError
 from lapefast.models.sites import Site
 from lapefast.neurons.edit_files import load_edits, save_edits
 from lapefast.neurons.edits import Edit
@@ -20,12 +21,14 @@ from lapefast.profiles import STATISTICS, Profile
 
 # JSON and UTF-8 hold no half of a surrogate pair.
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+# Of shards, tests/profiles.
+WHOLE = tuple(name for name in STATISTICS if name != "shard_counts")
 LABELS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 WIDTHS = st.dictionaries(NAMES.map("layers.{}".format), st.integers(1, 9), min_size=1, max_size=3)
 
 
 @st.composite
-def profiles(draw, widths, statistics=tuple(STATISTICS)):
+def profiles(draw, widths, statistics=WHOLE):
     """A profile of the sites, in which no text is known again."""
     labels = draw(st.lists(st.sampled_from(["en", "zh", "fr", "日本"]), min_size=1, unique=True))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -57,7 +60,7 @@ def same_but_for_rounding(found: Profile, expected: Profile) -> None:
                 torch.testing.assert_close(got, tensor, rtol=1e-12, atol=1e-12 * 1e20)
 
 
-@given(st.data(), WIDTHS, st.sets(st.sampled_from([*STATISTICS]), min_size=1))
+@given(st.data(), WIDTHS, st.sets(st.sampled_from(WHOLE), min_size=1))
 def test_a_profile_is_read_as_it_was_written(tmp_path, data, widths, statistics):
     profile = data.draw(profiles(widths, sorted(statistics)))
     profile.save(tmp_path / "profile")
@@ -186,11 +189,17 @@ def test_rows_are_the_documents_tokens_whatever_the_pieces_and_windows(
     expected = torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
     if not count:
         return  # refused: tests/corpus
-    stream = Tokenisation(tokenizer, True, batch=batch, window=window, context=8).tokens(pieces())
+    tokenisation = Tokenisation(tokenizer, True, batch=batch, window=window, context=8)
+    stream = Stream(tokenisation.tokens(pieces()))
     empty = CorpusReport("en", "texts", "", seq_len, (start, start), 0, 0, 0, False)
+    if start > count and max_rows != count:
+        with pytest.raises(InputError, match=f"only {count} rows"):
+            list(pack(stream, empty, max_rows, None))
+        return
     made, reports = zip(*pack(stream, empty, max_rows, None), strict=True)
     parts, report = [rows for rows in made if rows is not None], reports[-1]
     assert np.array_equal(np.concatenate(parts) if parts else expected[start:], expected[start:])
     if not report.capped:
         assert report.documents == len(kept)
+        assert report.empty == len(documents) - len(kept)
         assert report.dropped == len(ids) - count * seq_len

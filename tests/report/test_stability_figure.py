@@ -39,7 +39,7 @@ def in_shards(profile) -> Profile:
     }
     stacks = profile.stack_tokens
     return Profile(LABELS, profile.site_info, stacks, statistics, profile.metadata,
-                   {"decoder": tokens})  # fmt: skip
+                   shard_tokens={"decoder": tokens})  # fmt: skip
 
 
 def test_overlaps_stand_at_their_labels_tokens_with_their_interval(found):
