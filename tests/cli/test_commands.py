@@ -81,6 +81,35 @@ def test_merge_adds_profiles(lapefast, made, files, tmp_path):
     assert lf.Profile.load(both).labels == ["vi", "id", "en", "zh", "fr"]
 
 
+def test_parts_are_merged_and_a_run_that_ended_is_read_from_its_state(lapefast, made, tmp_path):
+    def profile(output, *options):
+        text = ["--corpus", f"en={made.train['en']}", *TEXT, "--batch-size", 3, "--threads", 1]
+        result = lapefast("profile", made.directory, *text, "-o", tmp_path / output, *options)
+        assert result.code == 0, result.err
+        return lf.Profile.load(tmp_path / output)
+
+    state = ["--resume", tmp_path / "run", "--token-cache", tmp_path / "tokens"]
+    whole = profile("whole", *state)
+    assert profile("again", *state).metadata == whole.metadata
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    for part in (1, 2):
+        profile(f"part-{part}", "--part", f"{part}/2")
+    parts = [tmp_path / "part-2", tmp_path / "part-1"]
+    assert lapefast("merge", *parts, "-o", tmp_path / "both").code == 0
+    both = lf.Profile.load(tmp_path / "both")
+    assert both.tokens.tolist() == whole.tokens.tolist()
+    assert all(torch.equal(both.counts[site], whole.counts[site]) for site in whole.sites)
+
+
+@pytest.mark.parametrize("part", ["3", "0/2", "3/2", "1/2/3", "a/b"])
+def test_a_part_that_is_none_is_refused(lapefast, made, tmp_path, part):
+    corpus = f"en={made.train['en']}"
+    options = ["--corpus", corpus, "--part", part, "-o", tmp_path / "p"]
+    result = lapefast("profile", made.directory, *options)
+    assert result.code == 2
+    assert f"--part must be I/N with 1 <= I <= N, such as 3/8, got '{part}'" in result.err
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("profile.safetensors", "1,024"), ("n.json", "layer"), ("matrix.json", "random")],
