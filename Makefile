@@ -21,7 +21,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
 # Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-covered test-long test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
+test test-covered test-long fuzz test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
 	test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
@@ -42,6 +42,9 @@ test-all: test-covered lint test-long test-cpp test-sanitizers test-arm test-cud
 
 test-long: $(VENV)/.ready
 	$(PYTEST) -m long
+
+# The property tests on new examples every time: what fails is printed with how to repeat it.
+fuzz: $(VENV)/.ready
 	$(PYTEST) tests/properties --hypothesis-profile=long
 
 test-cpp: $(VENV)/.ready
