@@ -14,7 +14,7 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 PYTEST := $(BIN)/python -m pytest --timeout=300
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
-.PHONY: demo test test-covered test-all test-long test-cpp test-sanitizers test-cuda-on-cpu test-triton \
+.PHONY: demo test test-covered test-all test-long fuzz test-cpp test-sanitizers test-cuda-on-cpu test-triton \
 	test-arm test-wheel test-transformers4 test-vllm bench gpu lint clean
 
 demo: $(VENV)/.ready
