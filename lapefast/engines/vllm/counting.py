@@ -28,6 +28,8 @@ __all__ = ["LABEL", "CountedActivation", "Counting"]
 LABEL = "lapefast_label"
 """The extra argument of a request that says its prompt's label."""
 
+_IN_THE_OP = ("counts", "sums", "square_sums", "up_abs_sums")
+
 
 class Counting(Task):
     """Statistics of every site, per label of the requests.
@@ -130,5 +132,5 @@ class CountedActivation(PlacedActivation):
         self.start, self.statistics, self._threshold = ffn.start, {}, threshold
 
     def product(self, gate: Tensor, up: Tensor | None, kernel: str, index: Tensor) -> Tensor:
-        statistics = (self.statistics.get(name) for name in STATISTICS)
+        statistics = (self.statistics.get(name) for name in _IN_THE_OP)
         return profile(gate, up, kernel, self._threshold, index, *statistics, self.flags)
