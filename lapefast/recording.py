@@ -119,9 +119,12 @@ class Recorder:
         return self._names
 
     @property
-    def fingerprint(self) -> str:
-        """The model's; see `lapefast.models.fingerprint`."""
-        return self._metadata["fingerprint"]
+    def about(self) -> dict[str, Any]:
+        """What a profile says of the model and of how it is run, as JSON."""
+        return self._metadata | {
+            "dtype": self._placement.dtype(),
+            "edited": self._placement.steered,
+        }
 
     @property
     def experts_implementation(self) -> str | None:
@@ -207,10 +210,7 @@ class Recorder:
             for name in (*self._names, "routed", "shard_routed")
         }
         routed = collected.pop("routed")
-        metadata = self._metadata | {
-            "dtype": self._placement.dtype(),
-            "edited": self._placement.steered,
-        }
+        metadata = self.about
         dealt |= collected.pop("shard_routed")
         if routed:
             metadata["experts_implementation"] = self.experts_implementation
@@ -411,6 +411,8 @@ class Recorder:
             "fingerprint": fingerprint(model),
             "threshold": self._threshold,
             "exact": self._exact,
+            "device": input_device(model).type,
+            "attention_implementation": getattr(config, "_attn_implementation", None),
             "threads": torch.get_num_threads(),
             "versions": {
                 "lapefast": lapefast.__version__,

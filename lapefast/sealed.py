@@ -82,8 +82,14 @@ class SealedFile:
             InputError: the file is missing, of another kind or format version, or damaged, or
                 ``parse`` finds an entry missing (KeyError) or wrong (TypeError, ValueError).
         """
-        with open(existing_file(path, self.what), "rb") as file:
-            data = file.read()
+        try:
+            with open(existing_file(path, self.what), "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise InputError(
+                f"the {self.what} cannot be read to its end ({error.strerror}); copy it anew or "
+                "make it again"
+            ) from error
         sealed = self._checked(data)
         try:
             tensors = safetensors.torch.load(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ def process_group() -> Iterator[ProcessGroup | None]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+    # The first one may fill the token cache while the others wait.
+    dist.init_process_group(
+        timeout=timedelta(days=1)
+    )  # gloo for tensors on the CPU, NCCL for those on GPUs
     try:
         yield dist.group.WORLD
     finally:

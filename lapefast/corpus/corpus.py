@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,6 +121,14 @@ class Corpus:
     def name(self) -> str:
         """What the source is called in reports: a base name, not a path."""
         return self._source.name
+
+    @property
+    def signature(self) -> str | None:
+        """A digest that changes with the files or the data set read; None of other sources."""
+        signature = self._source.signature
+        if signature is None:
+            return None
+        return hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:12]
 
     @property
     def row_length(self) -> int | None:

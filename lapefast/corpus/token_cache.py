@@ -144,9 +144,9 @@ class CachedTokens:
 
     def tokens(self, position: int) -> Iterator[Tokens]:
         """The stream from a position on."""
-        for begin in range(position, len(self.ids), _CHUNK_TOKENS):
+        # One chunk at least, as texts may have been left out behind all ids.
+        for begin in range(position, max(position + 1, len(self.ids)), _CHUNK_TOKENS):
             end = min(begin + _CHUNK_TOKENS, len(self.ids))
-            # At the end there may be texts left out behind all ids.
             ends = [begin, end if end < len(self.ids) else end + 1]
             starts, empty = (
                 places[slice(*np.searchsorted(places, ends))] - begin

@@ -214,8 +214,9 @@ def stability(
 
 def in_every_shard(profile: Profile) -> bool:
     """Whether a profile holds shards, and text of every label in each: what `stability` needs."""
-    shards = profile.shard_tokens.values()
-    return bool(shards) and all(bool(tokens.all()) for tokens in shards)
+    if not profile.shard_tokens:
+        return False
+    return all(bool(profile.shard_tokens[stack].all()) for stack in profile.stack_tokens)
 
 
 class UntilStable:
@@ -245,6 +246,14 @@ class UntilStable:
             return False
         self.stability = stability(profile, self._select)
         return self.reached
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells it from another, as JSON."""
+        select = self._select
+        function = getattr(select, "func", select)
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        return {"overlap": self.target, "select": name, **getattr(select, "keywords", {})}
 
     @property
     def reached(self) -> bool:

@@ -490,6 +490,13 @@ class Profile:
         for mine in _corpora(self):
             for theirs in _corpora(other):
                 if _overlap(mine, theirs):
+                    parts = [one.get("part") for one in (mine, theirs)]
+                    if all(parts) and parts[0]["number"] != parts[1]["number"]:
+                        raise InputError(
+                            f"profiles of parts that were not made in one way cannot be added: "
+                            f"{_way(mine)} and {_way(theirs)} of {mine['source']}; make all parts "
+                            "with one number of parts, batch_size and seq_len"
+                        )
                     raise InputError(
                         f"profiles that share text cannot be added: rows {mine['rows']} and "
                         f"{theirs['rows']} of {mine['source']} would be counted twice for label "
@@ -535,6 +542,14 @@ def _other_part(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         for entry in (a, b)
     ]
     return "part" in a and ways[0] == ways[1] and a["part"]["number"] != b["part"]["number"]
+
+
+def _way(entry: Mapping[str, Any]) -> str:
+    part = entry["part"]
+    return (
+        f"part {part['number']} of {part['of']} (batches of {part['batch_size']} rows of "
+        f"{entry['seq_len']})"
+    )
 
 
 def _runs(profile: Profile) -> list[dict[str, Any]]:

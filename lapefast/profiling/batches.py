@@ -80,6 +80,7 @@ class CorpusPass:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if part is not None and not 1 <= part[0] <= part[1]:
             raise InputError(f"part must be (i, n) with 1 <= i <= n, got {part}")
+        batch_size = None if batch_size is None else int(batch_size)
         opened = open_corpora(corpora, tokenizer, vocab_size=vocabulary_size(model), **text)
         self._lengths = {
             corpus.label: row_length(model, corpus.row_length) if corpus.row_length else length
@@ -91,7 +92,8 @@ class CorpusPass:
             corpus.check(self._lengths[corpus.label])
         self._opened = {corpus.label: corpus for corpus in opened}
         self._bare, self._device = bare_model(model), input_device(model)
-        self._max_tokens, self._part = max_tokens, part
+        self._max_tokens = int(max_tokens) if isinstance(max_tokens, Integral) else max_tokens
+        self._part = part
         self._progress = progress and leads()
         self.labels = list(self._opened)
         self.longest = max(self._lengths.values())
@@ -157,6 +159,8 @@ class CorpusPass:
         }
         waiting = {label: self.batches(label, done.get(label, 0)) for label in taken}
         turn = min(taken.values(), default=0)
+        if turn.bit_count() == 1 and set(taken.values()) == {turn}:
+            yield None  # whether it was asked before the stop is not known
         while waiting:
             for label in [label for label in waiting if taken[label] == turn]:
                 batch = next(waiting[label], None)
@@ -173,6 +177,11 @@ class CorpusPass:
         """Tokenise all texts that a token cache can keep, if there is one, before the pass."""
         for label, corpus in self._opened.items():
             corpus.fill_cache(self._lengths[label], self._max_tokens)
+
+    def sources(self) -> dict[str, str]:
+        """Label -> what changes with the files of its text, where it is of files."""
+        signed = {label: corpus.signature for label, corpus in self._opened.items()}
+        return {label: signature for label, signature in signed.items() if signature is not None}
 
     def settings(self) -> dict[str, Any]:
         """What decides which batches there are, as JSON; to be asked before the pass."""

@@ -23,12 +23,20 @@ class Counting:
     Where the memory does not suffice, the rows of a batch go through the model in halves, quarters
     and so on, from then on; the batch stays what it is.
 
-    Attributes:
+    Args:
+        bare, recorder: the model, and what is placed in it.
         rows_at_once: rows per forward pass.
+        again: whether to run fewer rows where memory is short; not in one of several processes that
+            split a model, as the others could not know.
+
+    Attributes:
+        rows_at_once: as it is now.
     """
 
-    def __init__(self, bare: nn.Module, recorder: Recorder, rows_at_once: int) -> None:
-        self._bare, self._recorder = bare, recorder
+    def __init__(
+        self, bare: nn.Module, recorder: Recorder, rows_at_once: int, again: bool = True
+    ) -> None:
+        self._bare, self._recorder, self._again = bare, recorder, again
         self._device = input_device(bare)
         self.rows_at_once = rows_at_once
 
@@ -70,10 +78,12 @@ class Counting:
             self._recorder.rewind()
             if not _out_of_memory(error):
                 raise
-            if min(self.rows_at_once, len(batch.ids)) == 1:
+            rows = min(self.rows_at_once, len(batch.ids))
+            if rows == 1 or not self._again:
                 raise InputError(
-                    f"out of memory on one row of {batch.ids.shape[1]} tokens; give a smaller "
-                    "seq_len, or spread the model with device_map"
+                    f"out of memory on {'one row' if rows == 1 else f'{rows} rows'} of "
+                    f"{batch.ids.shape[1]} tokens; free memory or spread the model over more "
+                    "devices (another seq_len or batch_size is another run)"
                 ) from error
             return False
 

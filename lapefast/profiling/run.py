@@ -112,6 +112,10 @@ def profile(
         raise InputError(f"save_every must be 0 seconds or more, got {save_every!r}")
     team = _team(model, process_group)
     with Saving(team, resume, save_every) as saving:
+        if part is not None and batch_size is None and saving.batch_size is None:
+            raise InputError(
+                "part needs a batch_size, the same in all jobs, as parts are made of whole batches"
+            )
         text = CorpusPass(
             model,
             corpora,
@@ -137,25 +141,33 @@ def profile(
             recorder.end_at_last_site()
             settings = {
                 **text.settings(),
-                "model": recorder.fingerprint,
-                "threshold": threshold,
+                "model": recorder.about["fingerprint"],
+                "dtype": recorder.about["dtype"],
+                "edited": recorder.about["edited"],
+                "tensor_parallel": recorder.about.get("tensor_parallel"),
+                "threshold": float(threshold),
                 "statistics": list(recorder.statistics),
                 "exact": exact,
                 "backend": backend,
                 "document": document,
                 "field": field,
                 "special_tokens": special_tokens,
-                "until": getattr(until, "target", None),
+                "until": _described(until),
             }
             saving.begin(settings, recorder, text)
             if token_cache is not None and team.batches > 1:
                 team.from_first(text.fill_cache)
             rows_at_once = saving.saved.get("rows_at_once", text.batch_size)
-            counting = Counting(bare, recorder, rows_at_once)
+            counting = Counting(bare, recorder, rows_at_once, again=not team.splits_model)
             if not saving.enough:
                 _count_all(text, counting, recorder, saving, team, until)
             elif until is not None:
                 team.where_held(lambda: until(recorder.profile()))
+            if part is not None and not saving.tokens:
+                raise InputError(
+                    f"part {part[0]} of {part[1]} has no batch of {text.batch_size} rows: the text "
+                    "has fewer; divide it into fewer parts"
+                )
             team.share(recorder.tensors.values())
             counted = recorder.profile()
         halved = -team.highest(-counting.rows_at_once)
@@ -194,6 +206,8 @@ def _count_all(
     """Count batches, a round of one for each process at a time, each round wholly or not at all."""
     begin = time.perf_counter()
     batches = text.all_batches(saving.rows) if until is None else text.in_turn(saving.rows)
+    if saving.keeps and not saving.saved:
+        saving.save(recorder, text, counting.rows_at_once)  # better that it fails now than later
     with closing(batches), Signals() if saving.keeps else nullcontext() as signals:
         going = True
         while going and not saving.enough:
@@ -209,6 +223,9 @@ def _count_all(
                         counting.count(batch)
             except (Exception, RunStopped) as error:
                 problem = error
+            if team.splits_model and problem and not isinstance(problem, RunStopped):
+                # The others wait in the middle of a layer: there is nothing to agree on any more.
+                raise saving.leaving(problem) from problem
             verdict = team.highest(_BROKEN if problem else _DUE if saving.due else _GOING)
             if verdict == _BROKEN:
                 counting.take_back()
@@ -217,14 +234,20 @@ def _count_all(
                     saving.save(recorder, text, counting.rows_at_once)
                 raise saving.leaving(problem) from problem
             counting.keep()
-            for batch in round:
-                saving.rows[batch.label] = batch.first_row + len(batch.ids)
+            saving.counted(round)
             going = bool(round) or ask
             if verdict == _DUE or ask or not going:
                 asked = until if ask or not going else None
                 saving.save(recorder, text, counting.rows_at_once, asked)
     spent = time.perf_counter() - begin
     _log.info("Waited for text in %.1f%% of %.1f s", 100 * text.waited / spent, spent)
+
+
+def _described(until: Callable[[Profile], bool] | None) -> Any:
+    """What tells one question from another, as JSON."""
+    if until is None:
+        return None
+    return getattr(until, "settings", getattr(until, "__qualname__", type(until).__qualname__))
 
 
 def _next_round(batches: Iterator[Batch | None], size: int) -> tuple[list[Batch], bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lapefast.errors import InputError, RunFailed, RunStopped
 from lapefast.profiles import Profile
-from lapefast.profiling.batches import CorpusPass
+from lapefast.profiling.batches import Batch, CorpusPass
 from lapefast.profiling.state import RunDirectory, check_same
 from lapefast.profiling.team import Team
 from lapefast.recording import Recorder
@@ -35,6 +35,7 @@ class Saving:
     Attributes:
         rows: label -> rows that are counted, of the labels that were begun.
         saved: what an earlier run said of itself; empty where there was none.
+        tokens: how many are counted; in a part of the text, of that part.
         changes: what was another after an earlier stop, as JSON.
         enough: whether what was counted was found to be enough.
 
@@ -49,9 +50,12 @@ class Saving:
         self._directory: RunDirectory | None = None
         self._tensors: dict[str, Tensor] = {}
         self._settings: dict[str, Any] = {}
+        self._sources: dict[str, str] = {}
         self._saved_at = time.monotonic()
         self.saved: dict[str, Any] = {} if path is None else team.from_first(self._open)
         self.rows: dict[str, int] = dict(self.saved.get("rows", {}))
+        self.tokens: int = self.saved.get("tokens", 0)
+        self._saved_tokens = self.tokens
         self.changes: list[dict[str, Any]] = list(self.saved.get("changes", ()))
         self.enough: bool = self.saved.get("enough", False)
 
@@ -82,12 +86,12 @@ class Saving:
         Raises:
             InputError: it is of a run with other settings.
         """
-        self._settings = dict(settings)
+        self._settings, self._sources = dict(settings), text.sources()
         if not self.saved:
             return
         check_same(self._path, self.saved["settings"], settings)
-        for name, then in self.saved["environment"].items():
-            now = _environment(recorder)[name]
+        for name, now in _environment(recorder, self._sources).items():
+            then = self.saved["environment"].get(name)
             if then != now:
                 _log.warning(
                     "%s: %s before the stop and %s now, so counts may differ a little from those "
@@ -124,30 +128,35 @@ class Saving:
 
         def look() -> bool:
             recorder.check()
-            return until is not None and until(recorder.profile())
+            return until is not None and bool(until(recorder.profile()))
 
         self.enough = self._team.where_held(look)
         if self._path is not None:
             about = {
                 "settings": self._settings,
-                "environment": _environment(recorder),
+                "environment": _environment(recorder, self._sources),
                 "changes": self.changes,
                 "rows": self.rows,
+                "tokens": self.tokens,
                 "ended": text.ended,
                 "rows_at_once": least,
                 "enough": self.enough,
             }
             whole = recorder.whole()
             self._team.from_first(lambda: self._directory.save(about, whole))
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_tokens = time.monotonic(), self.tokens
+
+    def counted(self, batches: Sequence[Batch]) -> None:
+        """Take note of a round of batches that all processes have counted."""
+        for batch in batches:
+            self.rows[batch.label] = batch.first_row + len(batch.ids)
+            self.tokens += batch.ids.numel()
 
     def leaving(self, problem: BaseException | None) -> BaseException:
         """What to raise for a problem of this process's own, or of another's (None)."""
         if self._path is None:
             return problem or RunFailed("another process of this run has failed, and says why")
-        lengths = self._settings["seq_len"]
-        tokens = sum(rows * lengths[label] for label, rows in self.rows.items())
-        stands = f"{tokens:,} tokens are counted and saved in {self._path}"
+        stands = f"{self._saved_tokens:,} tokens are counted and saved in {self._path}"
         if isinstance(problem, RunStopped):
             name = "SIGINT" if problem.signal == 2 else "SIGTERM"
             return RunStopped(
@@ -168,8 +177,8 @@ class Saving:
         return about
 
 
-def _environment(recorder: Recorder) -> dict[str, Any]:
-    """What may change how a model computes, besides its settings."""
+def _environment(recorder: Recorder, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What may change how a model computes, or what it reads, besides its settings."""
     import transformers
 
     import lapefast
@@ -179,5 +188,8 @@ def _environment(recorder: Recorder) -> dict[str, Any]:
         "lapefast": lapefast.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "device": recorder.about["device"],
+        "attention implementation": recorder.about["attention_implementation"],
         "experts_implementation": recorder.experts_implementation,
+        **{f"files of {label!r}": digest for label, digest in sources.items()},
     }

@@ -48,11 +48,17 @@ class RunDirectory:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise InputError(
                 f"another run that is still going saves its state in {path}; let it end, or give "
                 "another directory"
+            ) from error
+        except OSError as error:
+            self._lock.close()
+            raise InputError(
+                f"the file system of {path} cannot lock files ({error.strerror}), so that two runs "
+                "could spoil each other's state; give a directory on another"
             ) from error
         for left in self.path.glob(".state-*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)

@@ -120,6 +120,7 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RunFailed(
-            "another process of this run has ended, so this one can't go on; what was saved last "
-            "stands, and the same command goes on from there"
+            "another process of this run has ended or did not answer in time, so this one can't go "
+            "on; what was saved last stands, and the same command goes on from there "
+            f"({str(error).splitlines()[0]:.200})"
         ) from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import run_inputs
 import torch
 from test_survival import Breaks, Broken, assert_equal, profiled
 
+from lapefast.detect import lape
 from lapefast.errors import InputError
+from lapefast.evaluate import UntilStable
 
 ROWS = 24  # of the first label, in batches of two: 12; 4 of the second
 
@@ -15,7 +19,7 @@ ROWS = 24  # of the first label, in batches of two: 12; 4 of the second
 class Enough:
     """Once the first label has so many tokens."""
 
-    target = "test"
+    settings = "enough"
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -54,6 +58,32 @@ def test_wherever_it_is_stopped_it_ends_where_an_undisturbed_run_ends(tmp_path, 
         assert_equal(profile, expected)
         assert profile.metadata == expected.metadata
         assert profiled(model, resume=run, until=Enough(enough)).metadata == expected.metadata
+
+
+def test_a_question_that_a_kill_prevented_is_asked(tmp_path):
+    model = run_inputs.model()
+
+    class Killed(Enough):
+        def __call__(self, profile):
+            raise Broken  # after the state was saved, before it was asked
+
+    expected = profiled(model, until=Enough(24))
+    assert expected.tokens.tolist() == [24, 24]
+    with pytest.raises(Broken):
+        profiled(model, resume=tmp_path / "run", until=Killed(24))
+    assert_equal(profiled(model, resume=tmp_path / "run", until=Enough(24)), expected)
+
+
+@pytest.mark.parametrize(
+    "other", [None, UntilStable(0.9), UntilStable(0.8, partial(lape, top_rate=0.1))]
+)
+def test_another_question_is_refused(tmp_path, other):
+    statistics = ("counts", "shard_counts")
+    options = {"statistics": statistics, "resume": tmp_path / "run"}
+    asked = UntilStable(0.8, partial(lape, top_rate=0.2))
+    profiled(run_inputs.model(), until=asked, **options)
+    with pytest.raises(InputError, match="until"):
+        profiled(run_inputs.model(), until=other, **options)
 
 
 def test_a_part_cannot_tell():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mixtures
 import pytest
 import torch
@@ -157,3 +159,13 @@ def test_shards_of_a_mixture_add_up_and_are_counted_as_rows_of_their_own(tmp_pat
         assert torch.equal(loaded.shard_tokens[name], tokens)
     both = profile + lf.profile(model, {"fr": rows}, statistics=statistics, **options)
     assert both.labels == ["en", "zh", "fr"]
+
+
+def test_an_expert_that_a_shard_never_uses_hinders_no_stability():
+    model = by_name("Qwen3MoeForCausalLM").build(torch.float32, "eager")
+    corpora = {"en": ROWS.repeat(2, 1)[:9, :2], "zh": ROWS.repeat(2, 1)[:9, 4:6]}
+    statistics = ("counts", "shard_counts")
+    profile = lf.profile(model, corpora, statistics=statistics, batch_size=4, progress=False)
+    assert any(not profile.shard_tokens[site].all() for site in profile.routed)
+    select = partial(lf.detect.lape, top_rate=0.2, filter_rate=0.5, activation_bar_ratio=0.5)
+    assert lf.evaluate.stability(profile, select).labels == ["en", "zh"]

@@ -53,11 +53,27 @@ def test_what_does_not_belong_together_is_refused():
     model = run_inputs.model()
     part = functools.partial(profiled, model, ROWS)
     first = part(part=(1, 3))
-    for other in (part(part=(1, 3)), part(part=(2, 4)), part(part=(2, 3), batch_size=3), part()):
+    for other in (part(part=(1, 3)), part()):
         for one, two in ((first, other), (other, first)):
             with pytest.raises(InputError, match="would be counted twice for label 'en'"):
                 one + two
+    for other, way in (
+        (part(part=(2, 4)), "part 2 of 4 .batches of 2 rows of 12"),
+        (part(part=(2, 3), batch_size=3), "part 2 of 3 .batches of 3 rows of 12"),
+    ):
+        with pytest.raises(InputError, match=f"were not made in one way .* and {way}"):
+            first + other
     first + part(part=(3, 3))
+
+
+def test_a_part_without_a_batch_is_said():
+    with pytest.raises(InputError, match="part 25 of 25 has no batch of 2 rows"):
+        profiled(run_inputs.model(), part=(25, 25))
+
+
+def test_parts_need_to_know_what_a_batch_is():
+    with pytest.raises(InputError, match="part needs a batch_size, the same in all jobs"):
+        profiled(run_inputs.model(), batch_size=None, part=(1, 2))
 
 
 @pytest.mark.parametrize("part", [(0, 3), (4, 3), (1, 0)])

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_inputs
 import torch
@@ -309,6 +310,51 @@ def test_other_arguments_are_refused_and_named(model, tmp_path, change, message)
         profiled(model, **{"resume": tmp_path / "run", **change})
     assert str(caught.value).count(" there") == message.count(" there")
     assert_equal(profiled(model, resume=tmp_path / "run"), profiled(model))
+
+
+@pytest.mark.parametrize("change", ["dtype", "edits"])
+def test_another_arithmetic_is_refused(model, tmp_path, change):
+    with Breaks(model, 7, Broken()), pytest.raises(Broken):
+        profiled(model, resume=tmp_path / "run")
+    if change == "dtype":
+        with pytest.raises(InputError, match="dtype: float32 there, bfloat16 here"):
+            profiled(model.bfloat16(), resume=tmp_path / "run")
+    else:
+        edit = lf.deactivate({"layers.0.mlp": [1]})
+        with (
+            lf.steer(model, edit),
+            pytest.raises(InputError, match="edited: False there, True here"),
+        ):
+            profiled(model, resume=tmp_path / "run")
+
+
+def test_files_that_changed_are_recorded_and_said(model, tmp_path, caplog):
+    file = tmp_path / "ids.jsonl"
+    rows = run_inputs.corpora(ROWS)["en"].tolist()
+    file.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+    options = {"corpora": {"en": str(file)}, "seq_len": 12, "resume": tmp_path / "run"}
+    with Breaks(model, 7, Broken()), pytest.raises(Broken):
+        profiled(model, **options)
+    os.utime(file, ns=(1, 1))
+    profile = profiled(model, **options)
+    assert "files of 'en': " in caplog.text
+    assert list(profile.metadata["changes"][0]) == ["rows", "files of 'en'"]
+
+
+def test_the_state_is_saved_before_the_first_batch(model, tmp_path):
+    with Breaks(model, 2, Broken()), pytest.raises(Broken):
+        profiled(model, resume=tmp_path / "run", save_every=300)
+    with RunDirectory(tmp_path / "run") as directory:
+        about, tensors = directory.load()
+    assert about["rows"] == {}
+    assert not any(bool(tensor.any()) for tensor in tensors.values())
+    assert_equal(profiled(model, resume=tmp_path / "run"), profiled(model))
+
+
+def test_numbers_of_other_libraries_are_numbers(model, tmp_path):
+    options = {"max_tokens": np.int64(120), "batch_size": np.int64(2), "threshold": np.float32(0)}
+    profile = profiled(model, resume=tmp_path / "run", **options)
+    assert_equal(profile, profiled(model, max_tokens=120))
 
 
 def test_another_model_is_refused(model, tmp_path):
