@@ -76,6 +76,12 @@ def profile(
         document=document, field=field, special_tokens=special_tokens, token_cache=token_cache,
     )  # fmt: skip
     sites = find_sites(empty)
+    for site in sites:
+        if site.experts:
+            raise InputError(
+                f"{site.name} is a mixture of experts, which vLLM computes where it can't be counted; "
+                "use the engine transformers"
+            )
     layout = Layout(
         tuple(site.name for site in sites), {site.name: site.width for site in sites}, None, model
     )
