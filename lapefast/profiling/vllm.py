@@ -79,8 +79,8 @@ def profile(
     for site in sites:
         if site.experts:
             raise InputError(
-                f"{site.name} is a mixture of experts, which vLLM computes where it can't be counted; "
-                "use the engine transformers"
+                f"{site.name} is a mixture of experts, which vLLM computes where it can't be "
+                "counted; use the engine transformers"
             )
     layout = Layout(
         tuple(site.name for site in sites), {site.name: site.width for site in sites}, None, model
