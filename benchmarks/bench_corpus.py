@@ -144,7 +144,7 @@ def test_weak_scaling(benchmark, report, quick):
         for processes in rates:
             rates[processes].append(_tokens_per_second(processes, quick))
 
-    benchmark.pedantic(in_turn, rounds=1 if quick else 5)
+    benchmark.pedantic(in_turn, rounds=1 if quick else 3)
     for processes, measured in rates.items():
         report.row(f"{processes} processes of one thread: together", measured, " tokens/s")
     shares = [100 * two / (2 * one) for one, two in zip(rates[1], rates[2], strict=True)]
