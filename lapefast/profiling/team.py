@@ -110,7 +110,7 @@ def _sent(error: Exception) -> Exception:
     try:
         pickle.dumps(error)
         return error
-    except Exception:
+    except Exception:  # an object's own pickling may raise anything; what it says is still sent
         return RunFailed(f"{type(error).__name__}: {error}")
 
 
