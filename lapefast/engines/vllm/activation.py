@@ -38,7 +38,7 @@ class PlacedActivation(nn.Module, ABC):
         _placed[key] = self
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.lapefast.placed_activation(x, self.gated, self.key)
+        return torch.ops.lapefast_vllm.placed_activation(x, self.gated, self.key)
 
     def compute(self, x: Tensor) -> Tensor:
         """What the op does: [..., 2 * width or width] to [..., width]."""
@@ -71,7 +71,8 @@ class PlacedActivation(nn.Module, ABC):
 _placed: weakref.WeakValueDictionary[int, PlacedActivation] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
-_LIBRARY = torch.library.Library("lapefast", "FRAGMENT")
+# A namespace of its own: it computes nothing that `lapefast.ops` does not.
+_LIBRARY = torch.library.Library("lapefast_vllm", "DEF")
 _LIBRARY.define("placed_activation(Tensor x, bool gated, Tensor key) -> Tensor")
 
 
@@ -79,7 +80,7 @@ def _compute(x: Tensor, gated: bool, key: Tensor) -> Tensor:
     return _placed[int(key)].compute(x)
 
 
-@torch.library.register_fake("lapefast::placed_activation", lib=_LIBRARY)
+@torch.library.register_fake("lapefast_vllm::placed_activation", lib=_LIBRARY)
 def _(x, gated, key):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
 
