@@ -34,3 +34,6 @@ class RunStopped(KeyboardInterrupt):
     def __init__(self, signal: int, message: str = "") -> None:
         super().__init__(message)
         self.signal = signal
+
+    def __reduce__(self) -> tuple[type[RunStopped], tuple[int, str]]:
+        return type(self), (self.signal, str(self))  # it is sent between processes

@@ -55,13 +55,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except InputError as error:
-            # In one of several processes, what the first of them says is said once.
-            message = None if getattr(error, "elsewhere", False) else f"error: {error}"
-            raise _exit(message, _BAD_INPUT) from None
+            raise _exit(_unless_said(error, f"error: {error}"), _BAD_INPUT) from None
         except RunFailed as error:
-            raise _exit(f"error: {error}", _UNEXPECTED) from None
+            raise _exit(_unless_said(error, f"error: {error}"), _UNEXPECTED) from None
         except RunStopped as error:
-            raise _exit(str(error), 128 + error.signal) from None
+            raise _exit(_unless_said(error, str(error)), 128 + error.signal) from None
         except KeyboardInterrupt:
             raise _exit("interrupted", _INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -119,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+
+
+def _unless_said(error: BaseException, message: str) -> str | None:
+    """In one of several processes, what the first of them says is said once."""
+    return None if getattr(error, "elsewhere", False) else message
 
 
 def _exit(message: str | None, code: int) -> typer.Exit:

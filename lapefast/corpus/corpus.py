@@ -246,7 +246,7 @@ class Corpus:
                     cached.tokens(first * seq_len),
                     first,
                     *cached.before(first * seq_len),
-                    identity_of(cached.ids),
+                    identity_of(first_tokens(cached.tokens())[0]),
                 )
             else:
                 stream = Stream(self._tokens(needed))

@@ -1,20 +1,22 @@
 """Token ids on disk, so that a text is tokenised once however often it is read.
 
-An entry is three files named after what it was made from: the ids, little-endian int32; where
-documents start, and after that where empty texts were left out; and, written last, a JSON file
-without which the others count as absent.
+An entry is three files named after what it was made from: the ids, little-endian int32; int64s that
+say where documents start, then where empty texts were left out, then the CRC-32 of each chunk of
+ids; and, written last, a JSON file without which the others count as absent.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,16 +59,15 @@ class TokenCache:
             ids, places, about = self._files(limit)
             try:
                 said = json.loads(about.read_text())
-                found = CachedTokens(
-                    np.memmap(ids, dtype="<i4", mode="r", shape=(said["tokens"],)),
-                    *np.split(np.load(places, allow_pickle=False), [said["documents"]]),
-                )
-                counts = said["documents"], said["empty"]
+                counts = [said[name] for name in ("tokens", "documents", "empty")]
+                numbers = np.load(places, allow_pickle=False)
+                mapped = np.memmap(ids, dtype="<i4", mode="r")
+                whole = said["checksum"] == _checksum(numbers, counts) and len(mapped) == counts[0]
             except (OSError, EOFError, ValueError, KeyError, TypeError):
                 continue
-            complete = ids.stat().st_size == 4 * said["tokens"]
-            if complete and (len(found.starts), len(found.empty)) == counts:
-                return found
+            if whole:
+                ends = np.cumsum(counts[1:])
+                return CachedTokens(ids, mapped, *np.split(numbers, ends))
         return None
 
     def written(self, tokens: Iterator[Tokens], needed: int | None) -> Iterator[Tokens]:
@@ -77,28 +78,34 @@ class TokenCache:
         """
         files = self._files(needed)
         ids = files[0]
+        _remove_left(ids)
         temporary = ids.with_name(f".{ids.name}.{secrets.token_hex(6)}.tmp")
         starts: list[np.ndarray] = []
         empty: list[np.ndarray] = []
         total = 0
         kept = False
         try:
-            for batch in tokens:
-                starts.append(batch.starts + total)
-                empty.append(batch.empty + total)
-                total += len(batch.ids)
-                with _writing(self._directory), open(temporary, "ab") as file:
-                    file.write(batch.ids.astype("<i4").tobytes())
-                if needed is not None and total >= enough(needed):
-                    kept = True
-                    self._keep(temporary, files, starts, empty, total)
+            with ExitStack() as stack:
+                with _writing(self._directory):
+                    file = stack.enter_context(open(temporary, "xb"))
+                _lock(file)
+                for batch in tokens:
+                    starts.append(batch.starts + total)
+                    empty.append(batch.empty + total)
+                    total += len(batch.ids)
+                    with _writing(self._directory):
+                        file.write(batch.ids.astype("<i4").tobytes())
+                        file.flush()
+                    if needed is not None and total >= enough(needed):
+                        kept = True
+                        self._keep(temporary, files, starts, empty, total)
+                        yield batch
+                        yield from tokens
+                        return
                     yield batch
-                    yield from tokens
-                    return
-                yield batch
-            if total:
-                self._keep(temporary, files, starts, empty, total)
-                kept = True
+                if total:
+                    self._keep(temporary, files, starts, empty, total)
+                    kept = True
         finally:
             if not kept:
                 temporary.unlink(missing_ok=True)
@@ -112,16 +119,20 @@ class TokenCache:
         total: int,
     ) -> None:
         ids, places, about = files
-        counts = {"documents": sum(map(len, starts)), "empty": sum(map(len, empty))}
+        mapped = np.memmap(temporary, dtype="<i4", mode="r")
+        chunks = np.split(mapped, range(_CHUNK_TOKENS, total, _CHUNK_TOKENS))
+        numbers = np.concatenate([*starts, *empty, [zlib.crc32(chunk) for chunk in chunks]])
+        counts = [total, sum(map(len, starts)), sum(map(len, empty))]
         with _writing(self._directory):
             # Until the last file is there, an entry that is being replaced counts as absent.
             about.unlink(missing_ok=True)
             os.replace(temporary, ids)
         with write_atomically(places) as path, open(path, "wb") as file:
-            np.save(file, np.concatenate([*starts, *empty]))
-        said = {**self._key, "tokens": total, **counts}
+            np.save(file, numbers)
+        said = dict(zip(("tokens", "documents", "empty"), counts, strict=True))
+        said["checksum"] = _checksum(numbers, counts)
         with write_atomically(about) as path:
-            path.write_text(json.dumps(said, indent=1, sort_keys=True))
+            path.write_text(json.dumps({**self._key, **said}, indent=1, sort_keys=True))
 
     def _files(self, needed: int | None) -> tuple[Path, Path, Path]:
         text = json.dumps({**self._key, "needed": needed}, sort_keys=True)
@@ -135,29 +146,54 @@ def enough(needed: int) -> int:
 
 
 class CachedTokens:
-    """Token ids that were read back, int32 [n] mapped into memory; see `Tokens` for the others."""
+    """Token ids that were read back.
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, empty: np.ndarray) -> None:
-        self.ids = ids
-        self.starts = starts
-        self.empty = empty
+    Args:
+        path: of the ids.
+        ids: int32 [n], mapped into memory.
+        starts, empty: see `Tokens`; int64, ascending.
+        checksums: CRC-32 of each chunk of ids.
+    """
 
-    def tokens(self, position: int) -> Iterator[Tokens]:
-        """The stream from a position on."""
+    def __init__(
+        self,
+        path: Path,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        empty: np.ndarray,
+        checksums: np.ndarray,
+    ) -> None:
+        self._path, self._ids, self._checksums = path, ids, checksums
+        self._starts, self._empty = starts, empty
+
+    def tokens(self, position: int = 0) -> Iterator[Tokens]:
+        """The stream from a position on.
+
+        Raises:
+            InputError: what is read is not what was written.
+        """
         # One chunk at least, as texts may have been left out behind all ids.
-        for begin in range(position, max(position + 1, len(self.ids)), _CHUNK_TOKENS):
-            end = min(begin + _CHUNK_TOKENS, len(self.ids))
-            ends = [begin, end if end < len(self.ids) else end + 1]
+        first = min(position, max(len(self._ids) - 1, 0)) // _CHUNK_TOKENS
+        for chunk, checksum in enumerate(self._checksums[first:], first):
+            start = chunk * _CHUNK_TOKENS
+            ids = self._ids[start : start + _CHUNK_TOKENS]
+            if zlib.crc32(ids) != checksum:
+                raise InputError(
+                    f"the kept token ids {self._path} are damaged; remove that file, so that the "
+                    "text is tokenised anew"
+                )
+            begin, end = max(start, position), start + len(ids)
+            ends = [begin, end if end < len(self._ids) else end + 1]
             starts, empty = (
                 places[slice(*np.searchsorted(places, ends))] - begin
-                for places in (self.starts, self.empty)
+                for places in (self._starts, self._empty)
             )
-            yield Tokens(self.ids[begin:end].astype(np.int64), starts, empty)
+            yield Tokens(ids[begin - start :].astype(np.int64), starts, empty)
 
     def before(self, position: int) -> tuple[int, int]:
         """How many documents start, and how many texts were left out, before a position."""
         documents, empty = (
-            int(np.searchsorted(places, position)) for places in (self.starts, self.empty)
+            int(np.searchsorted(places, position)) for places in (self._starts, self._empty)
         )
         return documents, empty
 
@@ -188,3 +224,22 @@ def _writing(directory: Path) -> Iterator[None]:
             f"the token cache {directory} cannot be written: {error.strerror}; make room or do "
             "without a cache"
         ) from error
+
+
+def _checksum(numbers: np.ndarray, counts: list[int]) -> int:
+    return zlib.crc32(numbers.astype("<i8").tobytes(), zlib.crc32(str(counts).encode()))
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Show that somebody writes the file, as far as its file system can tell others."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_left(ids: Path) -> None:
+    """Remove what processes that were killed had written of an entry."""
+    for left in ids.parent.glob(f".{ids.name}.*.tmp"):
+        # Whoever still writes it, or a file system that can't lock, is left alone.
+        with suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()

@@ -162,7 +162,7 @@ def profile(
             if not saving.enough:
                 _count_all(text, counting, recorder, saving, team, until)
             elif until is not None:
-                team.where_held(lambda: until(recorder.profile()))
+                saving.ask(until, recorder)
             if part is not None and not saving.tokens:
                 raise InputError(
                     f"part {part[0]} of {part[1]} has no batch of {text.batch_size} rows: the text "
@@ -237,8 +237,12 @@ def _count_all(
             saving.counted(round)
             going = bool(round) or ask
             if verdict == _DUE or ask or not going:
-                asked = until if ask or not going else None
-                saving.save(recorder, text, counting.rows_at_once, asked)
+                saving.save(recorder, text, counting.rows_at_once)
+            if until is not None and (ask or not going):
+                # A process that left alone would leave those with other parts of the model waiting.
+                heard = signals.heard if signals and not team.splits_model else nullcontext
+                if saving.ask(until, recorder, heard) and saving.keeps:
+                    saving.save(recorder, text, counting.rows_at_once)
     spent = time.perf_counter() - begin
     _log.info("Waited for text in %.1f%% of %.1f s", 100 * text.waited / spent, spent)
 

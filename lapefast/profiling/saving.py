@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -106,18 +106,8 @@ class Saving:
             recorder.restore(self._tensors)
         self._tensors = {}
 
-    def save(
-        self,
-        recorder: Recorder,
-        text: CorpusPass,
-        rows_at_once: int,
-        until: Callable[[Profile], bool] | None = None,
-    ) -> None:
-        """Bring the statistics together in the first process, look at them and save them.
-
-        Args:
-            recorder, text, rows_at_once: of the run.
-            until: asked, in the first process, whether what was counted is enough.
+    def save(self, recorder: Recorder, text: CorpusPass, rows_at_once: int) -> None:
+        """Bring the statistics together in the first process, check them and save them.
 
         Raises:
             InputError: an activation was not finite, or the state can't be written; what was saved
@@ -125,12 +115,7 @@ class Saving:
         """
         least = -self._team.highest(-rows_at_once)
         self._team.collect(recorder.tensors.values())
-
-        def look() -> bool:
-            recorder.check()
-            return until is not None and bool(until(recorder.profile()))
-
-        self.enough = self._team.where_held(look)
+        self._team.where_held(recorder.check)
         if self._path is not None:
             about = {
                 "settings": self._settings,
@@ -145,6 +130,34 @@ class Saving:
             whole = recorder.whole()
             self._team.from_first(lambda: self._directory.save(about, whole))
         self._saved_at, self._saved_tokens = time.monotonic(), self.tokens
+
+    def ask(
+        self,
+        until: Callable[[Profile], bool],
+        recorder: Recorder,
+        heard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> bool:
+        """Whether what was saved last is enough, as the first process finds.
+
+        Args:
+            until: the question.
+            recorder: of the run.
+            heard: within it signals raise.
+
+        Raises:
+            RunStopped: by a signal; what was saved stands, and the same command asks again.
+        """
+
+        def look() -> bool:
+            try:
+                profile = recorder.profile()
+                with heard():
+                    return bool(until(profile))
+            except RunStopped as stopped:
+                raise self.leaving(stopped) from stopped
+
+        self.enough = self._team.where_held(look)
+        return self.enough
 
     def counted(self, batches: Sequence[Batch]) -> None:
         """Take note of a round of batches that all processes have counted."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lapefast.errors import RunFailed
+from lapefast.errors import RunFailed, RunStopped
 
 __all__ = ["Team"]
 
@@ -66,7 +66,7 @@ class Team:
         if self.first:
             try:
                 made = [(True, make())]
-            except Exception as error:
+            except (Exception, RunStopped) as error:
                 made = [(False, _sent(error))]
         with _together():
             dist.broadcast_object_list(made, self._source, self._group)
@@ -105,7 +105,7 @@ class Team:
                 dist.broadcast(tensor, self._source, self._group)
 
 
-def _sent(error: Exception) -> Exception:
+def _sent(error: BaseException) -> BaseException:
     """The error, or one that says the same and can be sent."""
     try:
         pickle.dumps(error)

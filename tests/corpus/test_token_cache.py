@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -141,6 +142,59 @@ def test_a_damaged_entry_counts_as_absent(file, cache, tokenizer, tokenised, suf
         tokenised.clear()
         assert torch.equal(taken(corpus, SEQ_LEN), expected)
         assert bool(tokenised) is read
+
+
+def test_places_with_a_flipped_bit_count_as_absent(file, cache, tokenizer, tokenised) -> None:
+    expected = taken(Corpus("en", str(file), tokenizer, token_cache=cache), SEQ_LEN)
+    entry = next(cache.glob("*.npy"))
+    written = entry.read_bytes()
+    for position in range(128, len(written), 97):  # behind NumPy's header
+        entry.write_bytes(flipped(written, position))
+        tokenised.clear()
+        corpus = Corpus("en", str(file), tokenizer, token_cache=cache)
+        assert torch.equal(taken(corpus, SEQ_LEN), expected)
+        assert tokenised
+
+
+@pytest.mark.parametrize("start", [0, 4096])
+def test_ids_with_a_flipped_bit_are_refused_when_they_are_read(cache, tmp_path, start) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(f'{{"input_ids": {[n % 50] * 1000}}}' for n in range(140)))
+    expected = taken(Corpus("en", str(many), token_cache=cache), SEQ_LEN, start=start)
+    entry = next(cache.glob("*.ids"))
+    written = entry.read_bytes()
+    read = lambda first: taken(  # noqa: E731
+        Corpus("en", str(many), token_cache=cache), SEQ_LEN, start=first
+    )
+    for position in (4 * SEQ_LEN * start, len(written) - 4, 4 * 70000):
+        entry.write_bytes(flipped(written, position))
+        with pytest.raises(InputError, match=f"{entry.name} are damaged; remove that file"):
+            read(start)
+    assert read(8500).shape == expected[8500 - start :].shape  # the bit is in the chunk before
+    entry.unlink()
+    assert torch.equal(read(start), expected)
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_let_be(
+    file, cache, tokenizer
+) -> None:
+    with Corpus("en", str(file), tokenizer, token_cache=cache).rows(SEQ_LEN) as rows:
+        list(rows)
+    for entry in cache.iterdir():
+        if entry.suffix == ".ids":
+            killed = cache / f".{entry.name}.0123.tmp"
+            living = cache / f".{entry.name}.4567.tmp"
+        entry.unlink()
+    killed.write_bytes(b"1234")
+    with open(living, "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        taken(Corpus("en", str(file), tokenizer, token_cache=cache), SEQ_LEN)
+        assert living.exists()
+        assert not killed.exists()
 
 
 def test_saved_data_sets_are_kept_and_lists_are_not(cache, tmp_path, tokenizer, documents) -> None:

@@ -7,7 +7,9 @@ Every process raises where something is not as it must be.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from test_enough import Enough
 from test_survival import Breaks, Broken, profiled
 
 import lapefast as lf
-from lapefast.errors import InputError, RunFailed
+from lapefast.errors import InputError, RunFailed, RunStopped
 
 ROWS = 23
 
@@ -127,6 +129,20 @@ def it_is_asked_at_the_same_places_however_many_they_are(directory: Path, group)
         assert shared.metadata["asked"] == alone.metadata["asked"]
 
 
+def a_signal_while_it_is_asked_ends_all_with_what_is_saved(directory: Path, group) -> None:
+    def signalled(profile) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    signalled.settings = Enough.settings
+    run, model = directory / "asked", run_inputs.model()
+    call = lambda until: profiled(  # noqa: E731
+        model, ROWS, resume=run, process_group=group, until=until
+    )
+    expect(RunStopped, "stopped by SIGTERM; 48 tokens are counted", lambda: call(signalled))
+    same_counts(call(Enough(24)), profiled(run_inputs.model(), ROWS, until=Enough(24)))
+
+
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group()
@@ -138,6 +154,7 @@ def main(directory: Path) -> None:
         what_the_first_refuses_all_refuse,
         the_first_fills_the_token_cache_for_all,
         it_is_asked_at_the_same_places_however_many_they_are,
+        a_signal_while_it_is_asked_ends_all_with_what_is_saved,
     ):
         check(directory, dist.group.WORLD)
         dist.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from test_survival import Breaks, Broken, assert_equal, profiled
 
 from lapefast.detect import lape
-from lapefast.errors import InputError
+from lapefast.errors import InputError, RunStopped
 from lapefast.evaluate import UntilStable
 
 ROWS = 24  # of the first label, in batches of two: 12; 4 of the second
@@ -71,6 +73,21 @@ def test_a_question_that_a_kill_prevented_is_asked(tmp_path):
     assert expected.tokens.tolist() == [24, 24]
     with pytest.raises(Broken):
         profiled(model, resume=tmp_path / "run", until=Killed(24))
+    assert_equal(profiled(model, resume=tmp_path / "run", until=Enough(24)), expected)
+
+
+def test_a_signal_while_it_is_asked_is_heard_at_once_and_it_is_asked_again(tmp_path):
+    model = run_inputs.model()
+
+    class Signalled(Enough):
+        def __call__(self, profile):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it went on")
+
+    expected = profiled(model, until=Enough(24))
+    with pytest.raises(RunStopped, match="48 tokens are counted and saved") as stopped:
+        profiled(model, resume=tmp_path / "run", until=Signalled(24))
+    assert stopped.value.signal == signal.SIGTERM
     assert_equal(profiled(model, resume=tmp_path / "run", until=Enough(24)), expected)
 
 
