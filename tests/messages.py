@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 # Functions that hold sentences which this run cannot reach, and why.
 ELSEWHERE = {
-    ("recording.py", "check_flags"): "a GPU alone skips an index and counts it: `make gpu`",
-    ("recording.py", "Recorder._reached"): "a placement of which nothing fires was refused before",
+    ("recording/checks.py", "check_flags"): "a GPU alone skips an index and counts it: `make gpu`",
+    (
+        "recording/recorder.py",
+        "Recorder._reached",
+    ): "a placement that never fires was refused before",
     ("ops/backends/triton.py", "_matrices"): "`make test-triton`",
 }
 

@@ -8,5 +8,5 @@ $venv/bin/python -m pip install --quiet "$TORCH"
 # The native library that .venv built stands in the tree and serves here too.
 LAPEFAST_BUILD_NATIVE=0 $venv/bin/python -m pip install --quiet "transformers==4.57.*" \
     --editable '.[test]'
-$venv/bin/python -m pytest --timeout=300 -m "not long" tests/models tests/test_recording.py tests/steering \
+$venv/bin/python -m pytest --timeout=300 -m "not long" tests/models tests/recording tests/steering \
     tests/profiling tests/evaluate tests/engines

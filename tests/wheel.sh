@@ -21,9 +21,9 @@ echo "wheel with the native library"
 check "$work/venv-native" "$(ls "$work"/native/lapefast-*.whl)" \
     "$root/tests/ops $root/tests/properties $root/tests/neurons $root/tests/profiles
     $root/tests/corpus $root/tests/steering $root/tests/cli $root/tests/test_build.py
-    $root/tests/test_files.py $root/tests/test_recording.py $root/tests/test_concurrency.py"
+    $root/tests/test_files.py $root/tests/recording $root/tests/test_concurrency.py"
 "$work/venv-native/bin/python" "$root/tests/wheel_smoke.py"
 
 echo "wheel without it"
 LAPEFAST_BUILD_NATIVE=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/pure" "$work/source"
-check "$work/venv-pure" "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/test_recording.py"
+check "$work/venv-pure" "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/recording"

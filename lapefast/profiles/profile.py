@@ -13,26 +13,14 @@ from lapefast import display
 from lapefast.errors import InputError
 from lapefast.files import existing_file
 from lapefast.models.sites import Site
-from lapefast.profiles import published, storage
-from lapefast.profiles.shards import SHARDS, check_shards, narrowed
+from lapefast.profiles import addition, published, storage
+from lapefast.profiles.shards import check_shards
+from lapefast.profiles.statistics import check_structure, checked_routed, checked_statistic
 
-__all__ = ["STATISTICS", "Profile"]
-
-STATISTICS = {
-    "counts": torch.int64,
-    "sums": torch.float64,
-    "square_sums": torch.float64,
-    "up_abs_sums": torch.float64,
-    "shard_counts": torch.int32,
-}
-"""Each statistic's dtype: active tokens, the sum of activations, of squared products, of |up|, and
-the active tokens of each shard of the text."""
+__all__ = ["Over", "Profile"]
 
 Over = Literal["routed", "all"]
 """Which tokens a mixture's statistics are shares of: those routed to each expert, or all."""
-
-_SHARED = ("model", "fingerprint", "dtype", "threshold", "edited")
-"""Metadata that profiles have in common when they are added; `model` is only a name."""
 
 
 class Profile:
@@ -77,15 +65,14 @@ class Profile:
         self.stack_tokens = {stack: count.detach().cpu() for stack, count in tokens.items()}
         # Through JSON, so that a profile and its loaded copy say the same.
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
-        self._check_structure()
-        self.routed = self._checked_routed(dict(routed or {}))
+        check_structure(self)
+        self.routed = checked_routed(self, routed or {})
         """Mixture -> the label's tokens that each expert saw, int64 [labels, experts]."""
         self.shard_tokens = {
             name: count.detach().cpu() for name, count in (shard_tokens or {}).items()
         }
         self.statistics = {
-            name: {site: self._checked(name, site, values) for site in self._sites}
-            for name, values in statistics.items()
+            name: checked_statistic(self, name, values) for name, values in statistics.items()
         }
         check_shards(self)
 
@@ -279,32 +266,7 @@ class Profile:
         """
         if not isinstance(other, Profile):
             return NotImplemented
-        self._check_addable(other)
-        labels = list(dict.fromkeys(self.labels + other.labels))
-        my_rows, their_rows = (
-            torch.tensor([labels.index(label) for label in part.labels]) for part in (self, other)
-        )
-
-        def added(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            if mine.dtype is torch.int32:
-                return narrowed(added(mine.long(), theirs.long()))
-            total = mine.new_zeros(len(labels), *mine.shape[1:])
-            return total.index_add_(0, my_rows, mine).index_add_(0, their_rows, theirs)
-
-        tokens, shard_tokens = (
-            {stack: added(of, theirs[stack]) for stack, of in mine.items()}
-            for mine, theirs in (
-                (self.stack_tokens, other.stack_tokens),
-                (self.shard_tokens, other.shard_tokens),
-            )
-        )
-        statistics = {
-            name: {site: added(mine[site], other.statistics[name][site]) for site in mine}
-            for name, mine in self.statistics.items()
-        }
-        routed = {site: added(mine, other.routed[site]) for site, mine in self.routed.items()}
-        about_run = self._added_metadata(other)
-        return Profile(labels, self.site_info, tokens, statistics, about_run, routed, shard_tokens)
+        return Profile(*addition.added(self, other))
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per label, site and neuron.
@@ -380,181 +342,3 @@ class Profile:
             / self.seen_tokens(site, over)[row, ..., None].clamp(min=1)
             for site, values in self._statistic(name).items()
         }
-
-    def _check_structure(self) -> None:
-        if not self.labels or not all(isinstance(name, str) and name for name in self.labels):
-            raise InputError(f"a profile needs labels that are strings, got {self.labels}")
-        if len(set(self.labels)) < len(self.labels):
-            raise InputError(f"the labels of a profile must be distinct, got {self.labels}")
-        if not self.site_info or len(self._sites) < len(self.site_info):
-            raise InputError(
-                f"a profile needs sites of distinct names, got {[s.name for s in self.site_info]}"
-            )
-        stacks = {site.stack for site in self.site_info}
-        if set(self.stack_tokens) != stacks:
-            raise InputError(
-                f"tokens of the stacks {sorted(stacks)} are needed, got {sorted(self.stack_tokens)}"
-            )
-        for stack, tokens in self.stack_tokens.items():
-            if tokens.dtype != torch.int64 or tokens.shape != (len(self.labels),):
-                raise InputError(
-                    f"tokens of stack {stack} must be int64 [labels] = [{len(self.labels)}], "
-                    f"got {tokens.dtype} {list(tokens.shape)}"
-                )
-            if (tokens < 0).any():
-                raise InputError(f"tokens of stack {stack} must not be negative")
-
-    def _checked_routed(self, routed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        mixtures = {site.name: site.experts for site in self.site_info if site.experts}
-        if routed.keys() != mixtures.keys():
-            raise InputError(
-                f"routed must hold the profile's mixtures, {list(mixtures)}, got {list(routed)}"
-            )
-        for site, experts in mixtures.items():
-            tensor = routed[site] = routed[site].detach().cpu().contiguous()
-            shape = (len(self.labels), experts)
-            if tensor.dtype != torch.int64 or tensor.shape != shape:
-                raise InputError(
-                    f"routed of site {site} must be int64 [labels, experts] = {list(shape)}, got "
-                    f"{tensor.dtype} {list(tensor.shape)}"
-                )
-            if (tensor < 0).any() or (tensor > self.site_tokens(site)[:, None]).any():
-                raise InputError(
-                    f"routed of site {site} must be between 0 and the label's tokens, but one is "
-                    "not"
-                )
-        return routed
-
-    def _checked(self, name: str, site: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if name not in STATISTICS:
-            raise InputError(
-                f"a profile holds {', '.join(STATISTICS)}, but {name!r} was given; leave it out"
-            )
-        if values.keys() != self._sites.keys():
-            raise InputError(f"{name} must hold the profile's sites, all of them and no other")
-        tensor = values[site].detach().cpu().contiguous()
-        shards = {"shard_counts": (SHARDS,)}.get(name, ())
-        shape = (len(self.labels), *shards, *self._sites[site].shape)
-        if tensor.dtype != STATISTICS[name] or tensor.shape != shape:
-            mixture = "experts, " if self._sites[site].experts else ""
-            raise InputError(
-                f"{name} of site {site} must be {STATISTICS[name]} [labels, "
-                f"{'shards, ' if shards else ''}{mixture}width] = {list(shape)}, got "
-                f"{tensor.dtype} {list(tensor.shape)}"
-            )
-        if name == "counts":
-            if (tensor < 0).any():
-                raise InputError(f"counts of site {site} must not be negative")
-            if (tensor > self.seen_tokens(site)[..., None]).any():
-                raise InputError(
-                    f"counts of site {site} must not exceed the label's tokens, but one does"
-                )
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{name} of site {site} must be finite, but one is not")
-        return tensor
-
-    def _check_addable(self, other: Profile) -> None:
-        for key in _SHARED[1:]:
-            mine, theirs = self.metadata.get(key), other.metadata.get(key)
-            if None not in (mine, theirs) and mine != theirs:
-                if key == "fingerprint":
-                    models = " and ".join(
-                        f"{one.metadata.get('model') or 'one without a name'} "
-                        f"(fingerprint {one.metadata[key][:12]})"
-                        for one in (self, other)
-                    )
-                    raise InputError(
-                        f"profiles of models that differ cannot be added: {models}; "
-                        "profile both texts with one model"
-                    )
-                raise InputError(
-                    f"profiles with {key} {mine} and {theirs} cannot be added; "
-                    "profile both texts with one model and one setting"
-                )
-        for mine, theirs in zip(self.site_info, other.site_info, strict=False):
-            if mine != theirs:
-                raise InputError(
-                    f"profiles of models that differ cannot be added: one has the site {mine} "
-                    f"where the other has {theirs}"
-                )
-        if len(self.site_info) != len(other.site_info):
-            raise InputError(
-                f"profiles of models that differ cannot be added: one has {len(self.site_info)} "
-                f"sites and the other {len(other.site_info)}"
-            )
-        if self.statistics.keys() != other.statistics.keys():
-            raise InputError(
-                f"profiles of {', '.join(self.statistics)} and of {', '.join(other.statistics)} "
-                "cannot be added; profile both texts with the same statistics"
-            )
-        for mine in _corpora(self):
-            for theirs in _corpora(other):
-                if _overlap(mine, theirs):
-                    parts = [one.get("part") for one in (mine, theirs)]
-                    if all(parts) and parts[0]["number"] != parts[1]["number"]:
-                        raise InputError(
-                            f"profiles of parts that were not made in one way cannot be added: "
-                            f"{_way(mine)} and {_way(theirs)} of {mine['source']}; make all parts "
-                            "with one number of parts, batch_size and seq_len"
-                        )
-                    raise InputError(
-                        f"profiles that share text cannot be added: rows {mine['rows']} and "
-                        f"{theirs['rows']} of {mine['source']} would be counted twice for label "
-                        f"{mine['label']!r}; leave one out"
-                    )
-
-    def _added_metadata(self, other: Profile) -> dict[str, Any]:
-        shared = {}
-        for key in _SHARED:
-            known = self.metadata.get(key)
-            shared[key] = other.metadata.get(key) if known is None else known
-        corpora = _corpora(self) + _corpora(other)
-        return {**shared, "corpora": corpora, "runs": _runs(self) + _runs(other)}
-
-
-def _corpora(profile: Profile) -> list[dict[str, Any]]:
-    """The corpus entries, each with the row length that its row range is measured in."""
-    length = profile.metadata.get("seq_len")
-    return [{"seq_len": length, **entry} for entry in profile.metadata.get("corpora", ())]
-
-
-def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two corpus entries hold some text in common under one label."""
-    # The text itself is known by its identity; names alone may be the same by chance.
-    known = "identity" if a.get("identity") and b.get("identity") else "source"
-    if a.get(known) is None or a[known] != b.get(known) or a["label"] != b["label"]:
-        return False
-    if _other_part(a, b):
-        return False
-    if not (a["seq_len"] and b["seq_len"]):
-        a, b = {**a, "seq_len": 1}, {**b, "seq_len": 1}
-    # Rows of two lengths are no common measure: compared are their places in the token stream.
-    starts, stops = zip(
-        *([row * entry["seq_len"] for row in entry["rows"]] for entry in (a, b)), strict=True
-    )
-    return max(starts) < min(stops)
-
-
-def _other_part(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two entries are different parts of one text that was divided in one way."""
-    ways = [
-        (entry["seq_len"], *(entry.get("part", {}).get(name) for name in ("of", "batch_size")))
-        for entry in (a, b)
-    ]
-    return "part" in a and ways[0] == ways[1] and a["part"]["number"] != b["part"]["number"]
-
-
-def _way(entry: Mapping[str, Any]) -> str:
-    part = entry["part"]
-    return (
-        f"part {part['number']} of {part['of']} (batches of {part['batch_size']} rows of "
-        f"{entry['seq_len']})"
-    )
-
-
-def _runs(profile: Profile) -> list[dict[str, Any]]:
-    """The settings of the runs that a profile came from, each without what all of them share."""
-    if "runs" in profile.metadata:
-        return profile.metadata["runs"]
-    apart = (*_SHARED, "corpora")
-    return [{key: value for key, value in profile.metadata.items() if key not in apart}]

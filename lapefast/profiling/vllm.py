@@ -18,7 +18,7 @@ from lapefast.models import find_sites
 from lapefast.neurons import Layout
 from lapefast.profiles import Profile
 from lapefast.profiling.batches import CorpusPass
-from lapefast.recording import check_statistics, check_threshold
+from lapefast.recording.checks import check_statistics, check_threshold
 
 __all__ = ["profile"]
 

@@ -17,7 +17,7 @@ from lapefast.engines.vllm import ENVIRONMENT
 from lapefast.engines.vllm.counting import LABEL
 from lapefast.errors import InputError
 from lapefast.neurons import Layout
-from lapefast.recording import check_flags
+from lapefast.recording.checks import check_flags
 
 __all__ = ["Counted", "CountingEngine"]
 

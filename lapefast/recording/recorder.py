@@ -1,9 +1,8 @@
-"""A recorder: the statistics ops placed in a model, for one's own loop or for the pass."""
+"""A recorder, and how it is placed."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,17 +14,23 @@ import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
 from lapefast.models.fingerprint import fingerprint
-from lapefast.models.groups import shard_groups, token_groups
+from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.parallel import leads, parallel_size
-from lapefast.models.placed import SiteState, SiteStatistics, in_backward
+from lapefast.models.placed import SiteState, SiteStatistics
 from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
-from lapefast.models.rows import StackRows, past_length, rows_at
+from lapefast.models.rows import rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
-from lapefast.models.traces import GROUPS
 from lapefast.profiles import SHARDS, STATISTICS, Profile
 from lapefast.profiles.shards import narrowed
+from lapefast.recording.checks import (
+    check_flags,
+    check_labels,
+    check_statistics,
+    check_threshold,
+)
+from lapefast.recording.groups import StackGroups
 
 _log = logging.getLogger(__name__)
 
@@ -78,13 +83,13 @@ class Recorder:
         exact: bool = True,
         backend: str | None = None,
     ) -> None:
-        self.labels = _check_labels(labels)
+        self.labels = check_labels(labels)
         self._names = check_statistics(statistics)
         self._shards = SHARDS if "shard_counts" in self._names else 1
         self._threshold = check_threshold(threshold)
         self._exact, self._backend = exact, backend
         self._statistics: dict[str, SiteStatistics] = {}
-        self._stacks: dict[str, _StackGroups] = {}
+        self._stacks: dict[str, StackGroups] = {}
         self._marked: list[tuple[Tensor, Tensor]] = []
         self._placement = Placement.claim(
             model, "recorder", self, f"labels {', '.join(self.labels)}"
@@ -93,7 +98,7 @@ class Recorder:
             # Statistics made in inference mode could not be added to outside of it.
             with torch.inference_mode(False):
                 for name, module in stacks(self._placement.bare).items():
-                    self._stacks[name] = _StackGroups(
+                    self._stacks[name] = StackGroups(
                         module,
                         (len(self.labels), self._shards),
                         input_device(model),
@@ -420,121 +425,3 @@ class Recorder:
                 "transformers": transformers.__version__,
             },
         }
-
-
-class _StackGroups(StackRows):
-    """The rows of one stack's input: their groups, and how many tokens each group had.
-
-    With ``groups`` (labels, shards), a group is one shard of a label.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        groups: tuple[int, int],
-        device: torch.device,
-        placement: Placement,
-    ) -> None:
-        labels, self._shards = groups
-        # The first place is for -1, so that counting needs no selection.
-        self.tokens = torch.zeros(labels * self._shards + 1, dtype=torch.int64, device=device)
-        # The number of each label's next row, and of its first in the batch that runs.
-        self.next_row = torch.zeros(labels, dtype=torch.int64, device=device)
-        self._first_row = self.next_row
-        self._labels: Tensor | None = None
-        self._shape: torch.Size | None = None
-        self._lock = threading.Lock()
-        self._placement = placement
-        super().__init__(module, device, GROUPS)
-
-    def set(self, labels: Tensor) -> None:
-        """Take the label of each token, [batch, length], or of all, [1]."""
-        self._shape = tuple(labels.shape) if labels.dim() == 2 else None
-        # Rows are dealt as they come: of a mere label it is not known yet how many there are.
-        self._labels = labels.to(self.device, copy=True)
-        if self._shards == 1:
-            self._hold(labels)
-
-    @torch.compiler.disable
-    def _deal(self, batch: int, length: int, options: dict[str, Any]) -> None:
-        labels = self._labels if self._shape else self._labels.expand(batch, length)
-        if not past_length(options):
-            self._first_row = self.next_row.clone()
-        groups, self.next_row = shard_groups(labels, self._first_row, self._shards)
-        self._hold(groups)
-
-    def _hold(self, groups: Tensor) -> None:
-        groups = groups.reshape(-1)
-        for device, held in self.indices.items():
-            if held.tensor is None or held.tensor.shape != groups.shape:
-                with torch.inference_mode(False):
-                    held.tensor = torch.empty(groups.shape, dtype=torch.int32, device=device)
-            held.tensor.copy_(groups)  # one address while the shape stays, for compiled graphs
-
-    def before_forward(self, batch: int, length: int, options: dict[str, Any]) -> None:
-        if self._placement.probing or (not torch.compiler.is_compiling() and in_backward()):
-            return
-        if self._labels is None:
-            raise InputError(
-                "the recorder does not know these tokens: call recorder.set(...) before the model"
-            )
-        if self._shape is not None and (batch, length) != self._shape:
-            raise InputError(
-                f"the model's input is {[batch, length]} tokens, but recorder.set was given "
-                f"{list(self._shape)}; call it before each forward pass"
-            )
-        if self._shards > 1:
-            self._deal(batch, length, options)
-        index = self.indices[self.device].tensor
-        rows = batch * length
-        one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
-        place = (index.long() + 1).expand(rows)
-        if torch.compiler.is_compiling():
-            self.tokens.index_add_(0, place, one)
-        else:
-            with self._lock:  # torch lets other threads run while it adds
-                self.tokens.index_add_(0, place, one)
-
-
-def _check_labels(labels: Sequence[str]) -> list[str]:
-    if isinstance(labels, str) or not labels or not all(isinstance(one, str) for one in labels):
-        raise InputError(f"labels must be a list of names, got {labels!r}")
-    if len(set(labels)) != len(labels):
-        raise InputError(f"labels must differ, got {', '.join(labels)}")
-    return list(labels)
-
-
-def check_flags(site: str, flags: Tensor) -> None:
-    """Raise InputError for what the statistics ops counted in `flags`, int64 [2], at a site."""
-    non_finite, outside = flags.tolist()
-    if non_finite:
-        raise InputError(
-            f"{site}: {non_finite} activations are not finite (NaN or infinite), so what "
-            "they count means nothing; check the model's weights or use a wider dtype"
-        )
-    if outside:
-        raise InputError(f"{site}: {outside} group indices lie outside the labels")
-
-
-def check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
-    """The statistics in the order of `STATISTICS`. Raises InputError for unknown ones, or none."""
-    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    unknown = [name for name in names if name not in STATISTICS]
-    if unknown or not names:
-        raise InputError(
-            f"statistics must be some of {', '.join(STATISTICS)}, got {unknown or 'none'}"
-        )
-    # Shards add up to the counts.
-    names += ("counts",) if "shard_counts" in names else ()
-    return tuple(name for name in STATISTICS if name in names)
-
-
-def check_threshold(threshold: float) -> float:
-    """The threshold as a number. Raises InputError for what is none."""
-    try:
-        number = float(threshold)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number:
-        raise InputError(f"threshold must be a number, got {threshold!r}")
-    return number
