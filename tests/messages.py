@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Functions that hold sentences which this run cannot reach, and why.
 ELSEWHERE = {
     ("recording/checks.py", "check_flags"): "a GPU alone skips an index and counts it: `make gpu`",
-    (
-        "recording/recorder.py",
-        "Recorder._reached",
-    ): "a placement that never fires was refused before",
+    ("recording/recorder.py", "Recorder._reached"): "a placement that never fires is refused",
     ("ops/backends/triton.py", "_matrices"): "`make test-triton`",
 }
 
