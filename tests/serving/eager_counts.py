@@ -34,30 +34,43 @@ class Worker(counting_worker_class()):
 
 
 def _watch(counted, labels: int):
-    """Counts int64 and sums of activations and of their absolute values, float64 [labels, here]."""
+    """Counts int64 [labels, here], and every sum with that of its absolute values, float64."""
     counts = torch.zeros(labels, counted.width, dtype=torch.int64)
-    sums, absolute = (torch.zeros(labels, counted.width, dtype=torch.float64) for _ in range(2))
+    sums = {
+        name: torch.zeros(2, labels, counted.width, dtype=torch.float64)
+        for name in ("sums", "square_sums", "up_abs_sums")
+    }
     original, threshold = counted.compute, torch.tensor(counted._threshold, dtype=torch.float32)
 
     def compute(x):
         activation = nn.functional.silu(x[:, : counted.width]).float()
+        up = x[:, counted.width :].float()
+        terms = {
+            "sums": activation.double(),
+            "square_sums": (activation.double() * up.double()).square(),
+            "up_abs_sums": up.double().abs(),
+        }
         index = counted._rows.index[: len(x)]
         for label in range(labels):
-            own = activation[index == label]
-            counts[label] += (own > threshold).sum(0)
-            sums[label] += own.double().sum(0)
-            absolute[label] += own.double().abs().sum(0)
+            counts[label] += (activation[index == label] > threshold).sum(0)
+            for name, values in terms.items():
+                own = values[index == label]
+                sums[name][:, label] += torch.stack([own, own.abs()]).sum(1)
         return original(x)
 
     counted.compute = compute
-    return counts, sums, absolute
+    return counts, sums
 
 
-def gathered(directory: Path) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Site -> counts, sums and sums of absolute values, [labels, width]: the ranks' joined."""
+def gathered(directory: Path) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Site -> counts [labels, width], and sums [2, labels, width] by name: the ranks' joined."""
     ranks = [torch.load(path) for path in sorted(directory.glob("*.pt"))]
     found = {}
     for site in ranks[0]:
         parts = sorted((rank[site] for rank in ranks), key=lambda part: part[0])
-        found[site] = tuple(torch.cat(of, dim=1) for of in list(zip(*parts, strict=True))[1:])
+        _, counts, sums = zip(*parts, strict=True)
+        found[site] = (
+            torch.cat(counts, dim=1),
+            {name: torch.cat([of[name] for of in sums], dim=2) for name in sums[0]},
+        )
     return found
