@@ -52,6 +52,7 @@ def load_for(
             "--backend": passed["backend"],
             "--no-exact": not passed["exact"],
             "--resume": passed["resume"],
+            "--save-every": "save_every" in passed,
             "--part": passed["part"],
             "--until-stable": passed["until"],
         })  # fmt: skip

@@ -51,7 +51,10 @@ def profile(
     ] = True,
     backend: Annotated[
         str | None,
-        typer.Option(help="Who computes the ops: cpu or reference; by default the faster."),
+        typer.Option(
+            help="Who computes the ops: cpu or reference, on a GPU cuda, triton or reference; by "
+            "default the first of them that can."
+        ),
     ] = None,
     engine: options.Engine = "transformers",
     tensor_parallel_size: options.TensorParallelSize = 1,
@@ -69,14 +72,15 @@ def profile(
         ),
     ] = None,
     save_every: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             metavar="SECONDS",
             help="Between two saved states.",
+            show_default="300",
             rich_help_panel=RUN_PANEL,
         ),
-    ] = 300.0,
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(
@@ -121,13 +125,15 @@ def profile(
         measured.append("shard_counts")
     elif lape != methods.LapeOptions():
         raise InputError("LAPE's options are for --until-stable; `lapefast identify` takes them")
+    if save_every is not None and resume is None and engine != "vllm":
+        raise InputError("--save-every says how often --resume saves; give --resume DIR too")
     passed = {
         "exact": exact,
         "backend": backend,
         "resume": resume,
-        "save_every": save_every,
         "part": None if part is None else _parsed(part),
         "until": until,
+        **({} if save_every is None else {"save_every": save_every}),
     }
     splitting = {"tensor_parallel": tensor_parallel, "tensor_parallel_size": tensor_parallel_size}
     with process_group() as group:

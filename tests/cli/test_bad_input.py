@@ -87,6 +87,8 @@ def test_an_option_that_cannot_be_met(lapefast, made, tmp_path, options, said):
         (("--engine", "vllm", "--threads", "1"), "--threads is an option of another engine"),
         (("--engine", "vllm", "--backend", "cpu"), "--backend is an option of another engine"),
         (("--engine", "vllm", "--no-exact"), "--no-exact is an option of another engine"),
+        (("--engine", "vllm", "--save-every", "9"), "--save-every is an option of another engine"),
+        (("--save-every", "9"), "--save-every says how often --resume saves; give --resume DIR"),
         (("--engine", "vllm", "--statistics", "count"), "statistics must be some of"),
         (("--engine", "vllm", "--seq-len", "65"), "over the model's limit of 64"),
         (("--engine", "vllm"), "vLLM is not installed in this environment"),
