@@ -19,6 +19,7 @@ from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.evaluate.random_sets import random_like
 from lapefast.evaluate.result_file import ResultFile
 from lapefast.models.bare import unwrap
+from lapefast.models.inputs import input_device
 from lapefast.neurons import Edit, NeuronSet, NeuronSets, activate
 from lapefast.profiling.about import about_run
 from lapefast.steering.continuations import continuations
@@ -143,19 +144,23 @@ def sampled_languages(
     prompt = _beginning(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
 
+    device = input_device(model)
+    drawing = [device] if device.type == "cuda" else []
+
     def write(edit: Edit | None) -> list[str]:
-        torch.manual_seed(seed)
-        tokens = continuations(
-            model,
-            [(prompt, edit)] * samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-        )
+        with torch.random.fork_rng(drawing):
+            torch.manual_seed(seed)
+            tokens = continuations(
+                model,
+                [(prompt, edit)] * samples,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=progress,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+            )
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def share(texts: Sequence[str], label: str) -> float:

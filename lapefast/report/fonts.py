@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import unicodedata
 from collections.abc import Sequence
 
 from matplotlib import font_manager
@@ -17,10 +18,13 @@ _DEFAULT = "DejaVu Sans"
 def drawable(*names: Sequence[str], escape: bool = True) -> tuple[list[str], list[list[str]]]:
     """Font families that together draw the names, and the names as they can be drawn.
 
-    A name with a character that no installed font has is written in ASCII, escaped, if `escape`.
+    A name with a character that no installed font has is written in ASCII, escaped, if `escape`;
+    one with a control character, or another that no XML may hold, in any case.
     """
+    every = {character for some in names for name in some for character in name}
+    forbidden = {one for one in every if unicodedata.category(one) in ("Cc", "Cs", "Cn")}
     families, drawn = [_DEFAULT], _characters(_DEFAULT)
-    missing = {character for some in names for name in some for character in name} - drawn
+    missing = every - drawn - forbidden
     for family in _files() if missing else ():
         if missing & _characters(family):
             families.append(family)
@@ -31,7 +35,7 @@ def drawable(*names: Sequence[str], escape: bool = True) -> tuple[list[str], lis
         missing = set()
     if missing:
         _log.warning("No installed font draws %s; escapes stand for it", "".join(sorted(missing)))
-    return families, [[_escaped(name, missing) for name in some] for some in names]
+    return families, [[_escaped(name, missing | forbidden) for name in some] for some in names]
 
 
 @functools.cache
@@ -53,4 +57,4 @@ def _characters(family: str) -> frozenset[str]:
 def _escaped(name: str, missing: set[str]) -> str:
     if missing.isdisjoint(name):
         return name
-    return name.encode("ascii", "backslashreplace").decode()
+    return name.encode("unicode_escape").decode()

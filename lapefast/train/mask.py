@@ -82,6 +82,8 @@ class NeuronMask:
         self._model.__dict__["__deepcopy__"] = types.MethodType(_copied, self._model)
         for parameter, _ in self._kept:
             parameter.requires_grad_(parameter in masks)
+            if parameter not in masks:
+                parameter.grad = None  # optimisers step, and decay, whatever has a gradient
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = self._only(parameter, parameter.grad)

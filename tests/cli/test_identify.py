@@ -133,6 +133,14 @@ def test_a_model_is_told_from_a_profile(lapefast, tmp_path, monkeypatch, source,
     assert said in result.err
 
 
+def test_the_file_that_is_read_is_not_written(lapefast, tmp_path):
+    (tmp_path / "p.safetensors").write_bytes(b"a profile")
+    result = lapefast("identify", tmp_path / "p.safetensors", "-o", tmp_path / "p.safetensors")
+    assert result.code == 2
+    assert "is the file to read; give another" in result.err
+    assert (tmp_path / "p.safetensors").read_bytes() == b"a profile"
+
+
 def test_what_a_method_measured_is_no_neuron_file(lapefast, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "d.safetensors")
     given = ("--neurons", tmp_path / "d.safetensors", "-o", tmp_path / "r.html")

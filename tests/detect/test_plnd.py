@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_formulas(name, form):
 @pytest.mark.parametrize("form", ["paper", "released"])
 def test_neurons_are_the_intersection_over_documents_less_what_all_labels_share(form):
     model, reference = by_name("mistral").build(), by_name("mistral").build()
-    top = {"ffn": 24, "query_key": 12, "value": 20}
+    top = {"ffn": 24, "query_key": 16, "value": 24}
     found = lf.detect.plnd(model, None, CORPORA, form=form, top=top, batch_size=2, progress=False)
     config = model.config
     size = model.model.layers[0].self_attn.head_dim
@@ -134,24 +134,31 @@ def test_neurons_are_the_intersection_over_documents_less_what_all_labels_share(
                 best = set(order[: top[unit[0]]])
                 common.setdefault(label, {}).setdefault(unit, best)
                 common[label][unit] &= best
-    languages = {}
-    for label, units in common.items():
-        languages[label] = {}
+
+    def rows_of(units):
+        rows = {}
         for (kind, path), chosen in units.items():
             key_rows = {j // size // served * size + j % size for j in chosen}
             if kind == "ffn":
-                languages[label][path] = chosen
+                rows[path] = chosen
             elif kind == "value":
-                languages[label][f"{path}.v_proj"] = key_rows
+                rows[f"{path}.v_proj"] = key_rows
             else:
-                languages[label][f"{path}.q_proj"] = chosen
-                languages[label][f"{path}.k_proj"] = key_rows
-    for label in CORPORA:
-        for site, rows in languages[label].items():
-            shared = set.intersection(*(languages[other][site] for other in CORPORA))
+                rows[f"{path}.q_proj"] = chosen
+                rows[f"{path}.k_proj"] = key_rows
+        return rows
+
+    served_twice = 0
+    for label, units in common.items():
+        shared = {unit: set.intersection(*(of[unit] for of in common.values())) for unit in units}
+        specific = rows_of({unit: chosen - shared[unit] for unit, chosen in units.items()})
+        in_every = rows_of(shared)
+        for site, rows in rows_of(units).items():
             assert set(found.languages[label][site].tolist()) == rows
-            assert set(found[label][site].tolist()) == rows - shared
+            assert set(found[label][site].tolist()) == specific[site]
+            served_twice += len(specific[site] & in_every[site])
     assert sum(one.total for one in found.values()) > 0
+    assert served_twice  # a row of one label by one head's unit, and of all by another's
 
 
 def test_padding_and_batches_do_not_matter():

@@ -72,6 +72,12 @@ def test_what_no_font_draws_is_escaped():
     assert names == ["en", "\\U000e0fff"]
 
 
+def test_control_characters_are_escaped_wherever_they_are_drawn():
+    name = "\x1b[31mred\x00\ufffe"
+    for escape in (True, False):
+        assert drawable([name], escape=escape)[1] == [["\\x1b[31mred\\x00\\ufffe"]]
+
+
 def test_a_directory_that_is_missing_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         draw_matrix(matrix(["en"]), tmp_path / "nowhere" / "matrix")

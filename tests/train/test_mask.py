@@ -41,6 +41,21 @@ def changed(model, before):
     return {name: where for name, where in found.items() if where.any()}
 
 
+def test_gradients_that_were_there_before_move_nothing():
+    model = by_name("llama").build()
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    loss_of(model).backward()
+    optimiser.step()
+    before = snapshot(model)
+    with lf.train.neuron_mask(model, chosen_of(model)) as mask:
+        optimiser.step()
+        loss_of(model).backward()
+        optimiser.step()
+    moved = changed(model, before)
+    assert sum(int(where.sum()) for where in moved.values()) <= mask.trained
+    assert len(moved) == len(mask.parameters)
+
+
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_only_the_chosen_rows_and_columns_change(make):
     model = by_name("llama").build()

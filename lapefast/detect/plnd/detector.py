@@ -156,14 +156,18 @@ def plnd(
             means[label] = {unit: total / used for unit, total in sums.items()}
         projections = scores.projections
     _warn_of(failed)
-    languages = {label: _by_site(masks, projections) for label, masks in common.items()}
+    # In the space of query heads, so before rows that several heads share come in.
+    specific, languages = (
+        {label: _by_site(masks, projections) for label, masks in of.items()}
+        for of in (_specific(common), common)
+    )
     named = {path for one in projections.values() for path, _ in vars(one).values()}
     widths = known_sites(model, named)
     if "ffn" not in kinds:
         widths = {site: width for site, width in widths.items() if site in named}
     about = about_run(model, tokenizer)
     return PLND(
-        _specific(languages),
+        specific,
         languages,
         means,
         Layout(tuple(widths), widths, about["fingerprint"], about["model"]),
@@ -286,17 +290,14 @@ def _by_site(
     return {site: torch.cat(parts).unique() for site, parts in neurons.items()}
 
 
-def _specific(languages: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The neurons of each label but those that all labels have."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for label, sites in languages.items():
-        found[label] = {}
-        for site, neurons in sites.items():
-            shared = torch.ones(len(neurons), dtype=torch.bool)
-            for other in languages.values():
-                shared &= torch.isin(neurons, other[site])
-            found[label][site] = neurons[~shared]
-    return found
+def _specific(common: Mapping[str, Mapping[Unit, Tensor]]) -> dict[str, dict[Unit, Tensor]]:
+    """The units of each label but those that all labels have; bool, as given."""
+    every = list(common.values())
+    shared = {unit: torch.stack([of[unit] for of in every]).all(0) for unit in every[0]}
+    return {
+        label: {unit: mask & ~shared[unit] for unit, mask in masks.items()}
+        for label, masks in common.items()
+    }
 
 
 def _per_kind(name: str, given: Any, kinds: Sequence[Kind]) -> dict[Kind, Any]:
