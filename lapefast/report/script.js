@@ -65,7 +65,8 @@ for (const figure of document.querySelectorAll("figure")) {
 
   chart.addEventListener("pointermove", point);
   chart.addEventListener("pointerdown", point);
-  chart.addEventListener("pointerleave", hide);
+  // A finger leaves when it is lifted, which is when its value is read.
+  chart.addEventListener("pointerleave", (event) => event.pointerType === "touch" || hide());
   chart.addEventListener("keydown", move);
   chart.addEventListener("blur", hide);
 }

@@ -68,12 +68,14 @@ def test_texts_are_those_of_the_model_under_a_hook(made, found):
 
 
 def test_rows_stand_beside_random_sets_and_come_out_alike(made, found):
+    before = torch.get_rng_state()
     runs = [
         lf.evaluate.sampled_languages(
             made.model, made.tokenizer, found, random_sets=2, restrict=True, **OPTIONS
         )
         for _ in range(2)
     ]
+    assert torch.equal(torch.get_rng_state(), before)
     assert runs[0].rows == runs[1].rows
     assert [row.label for row in runs[0].rows] == found.labels
     assert all(len(row.random) == 2 for row in runs[0].rows)

@@ -80,7 +80,9 @@ def shown(value: Cell) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return readable(value, ".4g") if math.isfinite(value) else "∞"
+        if math.isnan(value):
+            return "NaN"
+        return readable(value, ".4g") if math.isfinite(value) else "∞" if value > 0 else "\u2212∞"
     return str(value)
 
 
