@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["table"]
+__all__ = ["shortened", "table"]
 
 # Okabe and Ito's blue and orange, told apart by every colour vision.
 _BLUE, _ORANGE = "0,114,178", "230,159,0"
@@ -41,6 +41,23 @@ def table(
     return "\n".join([*_chart(caption, header, rows, shades or ()), *lines, "</tbody></table>"])
 
 
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """The names in at most so many characters; different ones stay different.
+
+    A long name keeps its beginning; where that makes two names alike, its end as well; where that
+    does too, it ends in its number among the names.
+    """
+    numbers = {name: str(number) for number, name in enumerate(dict.fromkeys(names), 1)}
+    short: dict[str, str] = {}
+    for end in (lambda name: "", lambda name: name[-(most // 2) :], numbers.__getitem__):
+        for name in numbers:
+            kept = max(0, most - 1 - len(end(name)))
+            short[name] = name if len(name) <= most else f"{name[:kept]}…{end(name)}"
+        if len(set(short.values())) == len(short):
+            break
+    return [short[name] for name in names]
+
+
 def _chart(
     caption: str,
     header: Sequence[str],
@@ -58,11 +75,11 @@ def _chart(
     wide = _ACROSS if bars else max(4, min(72, _ACROSS // count))
     high = max(4, min(16, _DOWN // len(rows)))
     top = 0 if bars else _HEAD
-    elements = []
+    elements, names = [], shortened([row[0] for row in rows], _LEFT // _LETTER)
     for number, (row, shaded) in enumerate(zip(rows, shades, strict=True)):
         y = top + number * high
         if number % -(-_LINE // high) == 0:  # names must not overlap
-            elements.append(_name(row[0], _LEFT // _LETTER, _LEFT - 4, y + high / 2, "end"))
+            elements.append(_name(names[number], _LEFT - 4, y + high / 2, "end"))
         cells = zip(header[-count:], row[-count:], shaded, strict=True)
         for column, (title, text, shade) in enumerate(cells):
             share = abs(shade) / most
@@ -74,10 +91,10 @@ def _chart(
                 f"<title>{escape(f'{row[0]}, {title}: {text}')}</title></rect>"
             )
     step = -(-2 * _LINE // wide)
+    titles = shortened(header[-count:], step * wide // _LETTER)
     for column in () if bars else range(0, count, step):
         x = _LEFT + (column + 0.5) * wide
-        title = header[column - count]
-        elements.append(_name(title, step * wide // _LETTER, x, _HEAD / 2, "middle"))
+        elements.append(_name(titles[column], x, _HEAD / 2, "middle"))
     size = f"{_LEFT + count * wide} {top + high * len(rows)}"
     across, down = size.split()
     return [
@@ -88,12 +105,11 @@ def _chart(
     ]
 
 
-def _name(text: str, letters: int, x: float, y: float, anchor: str) -> str:
-    """The text around a place, shortened to so many letters."""
-    shown = text if len(text) <= letters else f"{text[: letters - 1]}…"
+def _name(text: str, x: float, y: float, anchor: str) -> str:
+    """The text around a place."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" dominant-baseline="central" '
-        f'style="unicode-bidi: isolate">{escape(shown)}</text>'
+        f'style="unicode-bidi: isolate">{escape(text)}</text>'
     )
 
 

@@ -79,7 +79,9 @@ def demo(
     torch.set_num_threads(threads)
     console.print("The demo model: a small Llama of seven languages, trained here once")
     made = load()
-    _copy(made.directory, output / "model")
+    copied = _copy(made.directory, output / "model")
+    # What is written names the model as it is found beside it.
+    made.model.config._name_or_path = made.tokenizer.name_or_path = copied.name
     train = {
         label: _copy(path, output / "corpus" / path.name) for label, path in made.train.items()
     }
@@ -143,6 +145,7 @@ def demo(
     write_report(
         report,
         Inputs(profile, {"lape": neurons, **others}, matrix, sweep, files=files, **measured),
+        title="Language-specific neurons of the demo model",
         figures=output / "figures",
     )
     console.print(

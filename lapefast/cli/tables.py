@@ -20,6 +20,7 @@ from lapefast.evaluate import (
     Stability,
     Sweep,
 )
+from lapefast.evaluate.language import languages_in_question
 from lapefast.evaluate.sweep import PairSummary, mean_of_pairs
 from lapefast.neurons import NeuronSets
 from lapefast.profiles import Profile
@@ -37,7 +38,7 @@ def show(content: Any) -> None:
     for kind, shown in (
         (Profile, _show_profile),
         (NeuronSets, _show_neurons),
-        (Sweep, lambda found: _show_pairs(found.summary())),
+        (Sweep, _show_sweep),
         (PerplexityMatrix, _show_matrix),
         (SampledLanguages, _show_sampled),
         (CategoryDeactivation, _show_deactivation),
@@ -93,7 +94,11 @@ def _show_experts(experts: Experts) -> None:
 
 
 def _show_sampled(sampled: SampledLanguages) -> None:
-    console.print("Share of texts from an empty prompt in the label's language")
+    codes = [row.language for row in sampled.rows]
+    console.print(
+        "Share of texts from an empty prompt in the label's language. "
+        + languages_in_question(sampled.metadata, codes)
+    )
     table = _table("label", "before", "after", "random", "of sets")
     for row in sampled.rows:
         random = []
@@ -165,12 +170,14 @@ def _show_stability(found: Stability) -> None:
     console.print(table)
 
 
-def _show_pairs(pairs: list[PairSummary]) -> None:
+def _show_sweep(sweep: Sweep) -> None:
+    pairs = sweep.summary()
     random = any(pair.random for pair in pairs)
     shifted = any(pair.diffmean for pair in pairs)
     console.print(
         "Share of answers in the target's language, and their perplexity under the unedited model. "
-        "Overlap: neurons of both, which are activated."
+        "Overlap: neurons of both, which are activated. "
+        + languages_in_question(sweep.metadata, sweep.codes.values())
     )
     kinds = ["unedited", "edited"]
     kinds += ["random", "of sets"] if random else []

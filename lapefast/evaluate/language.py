@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lapefast.errors import InputError
 
-__all__ = ["LanguageIdentifier"]
+__all__ = ["LanguageIdentifier", "languages_in_question"]
 
 
 class LanguageIdentifier:
@@ -23,10 +24,12 @@ class LanguageIdentifier:
         labels: each a code as `py3langid` knows it (ISO 639-1 where there is one), perhaps followed
             by a script or region, as in ``zh-Hans`` or ``pt_BR``.
         codes: label -> code, for labels that are none.
-        restrict: whether only the labels' languages are in question.
+        restrict: whether only the labels' languages are in question. Where all labels are of one,
+            that would put every text in it, so all languages are.
 
     Attributes:
         codes: label -> code.
+        restricted: whether only the labels' languages are in question.
 
     Raises:
         InputError: a label's code is not known.
@@ -49,8 +52,8 @@ class LanguageIdentifier:
                     f"{len(known)}, by codes such as en, zh, id); say which it is by "
                     f"languages={{{label!r}: code}}, or --language on the command line"
                 )
-        # Among one language every text is in it.
-        if restrict and len(set(self.codes.values())) > 1:
+        self.restricted = restrict and len(set(self.codes.values())) > 1
+        if self.restricted:
             self._identifier.set_languages(list(self.codes.values()))
 
     def __call__(self, text: str) -> str | None:
@@ -58,6 +61,22 @@ class LanguageIdentifier:
         if not any(character.isalpha() for character in text):
             return None
         return self._identifier.classify(text)[0]
+
+
+def languages_in_question(metadata: Mapping[str, Any], codes: Iterable[str]) -> str:
+    """Among which languages texts were told apart, as a sentence; empty where nothing tells.
+
+    Args:
+        metadata: of a result; its ``restrict`` is `LanguageIdentifier.restricted`.
+        codes: of the labels' languages.
+    """
+    if "restrict" not in metadata:
+        return ""
+    if metadata["restrict"]:
+        among = f"{', '.join(dict.fromkeys(codes))} alone: text in none of them counts for one"
+    else:
+        among = "all that py3langid knows"
+    return f"Languages are told apart among {among}."
 
 
 def _code(label: str) -> str:

@@ -123,7 +123,7 @@ def sampled_languages(
         temperature: of the sampling, over the whole distribution.
         random_sets: how many random sets each label's is compared with.
         seed: of samples and random sets; before and after are drawn alike.
-        batch_size: texts per batch.
+        batch_size: texts per batch. Another one draws other texts.
         languages: label -> code of its language, for labels that are none.
         restrict: whether texts can be in the labels' languages only; see
             `lapefast.evaluate.language.LanguageIdentifier`.
@@ -199,7 +199,7 @@ def sampled_languages(
             "seed": seed,
             "batch_size": batch_size,
             "languages": dict(languages or {}),
-            "restrict": restrict,
+            "restrict": identify.restricted,
         },
     )
 

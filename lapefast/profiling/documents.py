@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lapefast.corpus import open_corpora
+from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
@@ -29,7 +29,7 @@ class DocumentBatch:
     Attributes:
         inputs: what the bare model is called with; padding stands on the right.
         mask: bool [batch, length], True for tokens, where the inputs lie.
-        numbers: which of the label's documents they are, counted from 0 in the order of the corpus.
+        numbers: which of the corpus's texts they are, counted from 0, empty ones too.
     """
 
     inputs: dict[str, Any]
@@ -115,9 +115,8 @@ class DocumentPass:
         """
         seen = self._seen[label] = {"documents": 0, "longer": 0, "empty": 0}
         used, corpus = 0, self._opened[label]
-        documents = islice(corpus.documents(), self._max_documents)
         with tqdm(desc=label, unit="doc", disable=not self._progress) as bar:
-            for group in _grouped(self._kept(documents, seen), self.batch_size * _SORTED_BATCHES):
+            for group in _grouped(self._kept(corpus, seen), self.batch_size * _SORTED_BATCHES):
                 group.sort(key=lambda one: len(one[1]))
                 for start in range(0, len(group), self.batch_size):
                     part = group[start : start + self.batch_size]
@@ -145,10 +144,9 @@ class DocumentPass:
             ],
         }
 
-    def _kept(
-        self, documents: Iterable[Tensor], seen: dict[str, int]
-    ) -> Iterator[tuple[int, Tensor]]:
-        for number, ids in enumerate(documents):
+    def _kept(self, corpus: Corpus, seen: dict[str, int]) -> Iterator[tuple[int, Tensor]]:
+        for ids in islice(corpus.documents(), self._max_documents):
+            number = seen["documents"] + corpus.empty
             seen["documents"] += 1
             if len(ids) > self.seq_len:
                 seen["longer"] += 1

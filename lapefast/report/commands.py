@@ -28,6 +28,12 @@ _METHODS = {
     "sharing": ("form", "threshold", "values"),
     "experts": ("experts", "share", "seed"),
 }
+# What `lapefast identify` always does, by the names of settings.
+_FIXED = {
+    "average-precision": {"longer": ("cut",)},
+    "sharing": {"attribution": (True,), "top": (800,)},
+    "experts": {"form": ("identity",), "threshold": (None,), "longer": ("cut",)},
+}
 _RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
 _IDENTIFY = (*_RATES, "form", "over")
 
@@ -35,11 +41,14 @@ _IDENTIFY = (*_RATES, "form", "over")
 def commands(described: _Described, files: _Files) -> list[str]:
     """The commands that made the files, as far as their settings tell.
 
+    Of a file that the command line cannot make so, a comment says what it has no option for.
+
     Args:
         described: name -> metadata; the names are those of `lapefast.report.sections.Inputs`.
         files: name -> base name of the file.
     """
-    lines = []
+    lines: list[_Words] = []
+    comments = []
     for name, metadata in described.items():
         if name not in files:
             continue
@@ -61,12 +70,19 @@ def commands(described: _Described, files: _Files) -> list[str]:
             options = _options(metadata.get("parameters") or {}, _IDENTIFY)
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
         elif metadata.get("method") in _METHODS and _is_sets(name, files):
+            beyond = _beyond(metadata)
+            if beyond:
+                comments.append(
+                    f"# {files[name]!r} was made in Python; the command line has no option for its "
+                    f"{', '.join(beyond)}"
+                )
+                continue
             lines.append(["identify", *_method(metadata), "-o", files[name]])
             details = files.get(f"{metadata['method']} in full")
             lines[-1] += ["--details", details] if details else []
         elif name in _EVALUATIONS:
             lines.append([*_EVALUATIONS[name](metadata, described, files), "-o", files[name]])
-    return [shlex.join(["lapefast", *line]) for line in lines]
+    return [*(shlex.join(["lapefast", *line]) for line in lines), *comments]
 
 
 def public_name(name: str) -> str:
@@ -75,6 +91,24 @@ def public_name(name: str) -> str:
         if kind(name).is_absolute():
             return kind(name).name
     return name
+
+
+def _beyond(metadata: _About) -> list[str]:
+    """The settings of a method that the command line has no option for."""
+    settings = {**metadata, **(metadata.get("parameters") or {})}
+    beyond = [
+        name
+        for name, usual in _FIXED.get(metadata["method"], {}).items()
+        if name in settings and settings[name] not in usual
+    ]
+    if metadata.get("corpora") and "max_documents" in settings and not settings["max_documents"]:
+        beyond.append("max_documents")
+    if metadata["method"] == "plnd":
+        top, threshold = settings.get("top") or {}, settings.get("threshold") or {}
+        alike = (top.get(kind) for kind in ("query_key", "value") if kind in top)
+        beyond += ["top"] * (len(set(alike)) > 1)
+        beyond += ["threshold"] * (len(set(threshold.values())) > 1)
+    return beyond
 
 
 def _method(metadata: Mapping[str, Any]) -> list[str]:

@@ -115,7 +115,9 @@ def _drawn(figure: Figure) -> _Drawn:
 
 
 def _arguments(command: str) -> list[str]:
-    """The command's words, each as a shell takes it."""
+    """The command's words, each as a shell takes it; a comment as it is."""
+    if command.startswith("#"):
+        return [command]
     return [shlex.quote(one) for one in shlex.split(command)]
 
 

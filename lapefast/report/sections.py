@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lapefast.detect.lape import criteria, lape
 from lapefast.errors import InputError
+from lapefast.evaluate.language import languages_in_question
 from lapefast.evaluate.stability import in_every_shard, stability
 from lapefast.report.commands import commands, public_name
 from lapefast.report.figures import experts as expert_figures
@@ -127,10 +128,18 @@ def _sections(inputs: Inputs) -> Iterator[Section | None]:
     if inputs.sweep is not None:
         pairs = inputs.sweep.summary()
         yield Section(
-            "Steering", figures=_drawn(sweep_figures.rates(pairs), sweep_figures.kinds(pairs))
+            "Steering",
+            languages_in_question(inputs.sweep.metadata, inputs.sweep.codes.values()),
+            figures=_drawn(sweep_figures.rates(pairs), sweep_figures.kinds(pairs)),
         )
     if inputs.sampled is not None:
-        yield Section("Texts from nothing", figures=[sampling_figures.languages(inputs.sampled)])
+        yield Section(
+            "Texts from nothing",
+            languages_in_question(
+                inputs.sampled.metadata, [row.language for row in inputs.sampled.rows]
+            ),
+            figures=[sampling_figures.languages(inputs.sampled)],
+        )
     if inputs.experts is not None:
         yield _experts(inputs.experts)
     if inputs.pruning is not None:

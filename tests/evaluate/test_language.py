@@ -6,7 +6,7 @@ import pytest
 
 from lapefast import demo
 from lapefast.errors import InputError
-from lapefast.evaluate.language import LanguageIdentifier
+from lapefast.evaluate.language import LanguageIdentifier, languages_in_question
 
 
 def test_languages_are_told_apart_among_the_labels_unless_all_are_asked_for():
@@ -51,4 +51,20 @@ def test_a_label_that_is_no_language_is_refused_by_name(label):
 
 def test_among_one_language_every_text_would_be_in_it_so_all_are_considered():
     identify = LanguageIdentifier(["en"])
+    assert not identify.restricted
     assert identify("Das ist ein deutscher Satz, ganz sicher, und kein englischer.") == "de"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({}, ""),
+        ({"restrict": False}, "Languages are told apart among all that py3langid knows."),
+        (
+            {"restrict": True},
+            "Languages are told apart among en, zh alone: text in none of them counts for one.",
+        ),
+    ],
+)
+def test_results_say_among_which_languages_texts_were_told_apart(metadata, said):
+    assert languages_in_question(metadata, ["en", "zh", "en"]) == said

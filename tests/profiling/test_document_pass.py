@@ -79,7 +79,8 @@ def test_empty_texts_before_the_last_document_are_counted(most, empty):
     text = DocumentPass(
         by_name("llama").build(), {"en": ids}, None, max_documents=most, progress=False
     )
-    assert len(read(text, "en")) == (most or 3)
+    places = {place: tokens for place, tokens in enumerate(ids) if tokens}
+    assert read(text, "en") == dict(list(places.items())[:most])
     assert text.metadata()["corpora"][0]["empty"] == empty
 
 

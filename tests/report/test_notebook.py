@@ -23,6 +23,19 @@ def cells(page: str) -> list[list[str]]:
     return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["en", "exactly eight"[:8]], ["en", "exactly "]),
+        (["en", "a long name"], ["en", "a long …"]),
+        (["simplified one", "simplified two", "en"], ["sim… one", "sim… two", "en"]),
+        (["a b c d e f tail", "a b c d x y tail"] * 2, ["a b c …1", "a b c …2"] * 2),
+    ],
+)
+def test_names_that_are_shortened_stay_different(names, short):
+    assert display.shortened(names, 8) == short
+
+
 @pytest.fixture
 def sweep() -> Sweep:
     rows = [

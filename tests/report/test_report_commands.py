@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 
 import pytest
 import typer
 
+import lapefast as lf
 from lapefast.cli import app
 from lapefast.report.commands import BUILT_IN, commands
 
@@ -71,6 +73,34 @@ def test_a_threshold_of_plnd_has_its_option():
     plnd = {**ABOUT, "method": "plnd", "parameters": {"kinds": ["ffn"], "threshold": {"ffn": 0.5}}}
     (line,) = commands({"plnd": plnd}, {"plnd": "n.json"})
     assert parsed(line)["score_threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "named"),
+    [
+        ("plnd", {"top": {"ffn": 3, "query_key": 2, "value": 1}}, "top"),
+        ("plnd", {"threshold": {"ffn": 0.5, "value": 0.25}}, "threshold"),
+        ("average-precision", {"longer": "drop", "max_documents": None}, "longer, max_documents"),
+        ("sharing", {"attribution": False, "top": 10}, "attribution, top"),
+        ("experts", {"form": "absolute", "threshold": 0.5}, "form, threshold"),
+    ],
+)
+def test_what_the_command_line_cannot_make_is_said_and_no_command(method, settings, named):
+    metadata = {**ABOUT, "method": method, "parameters": settings, **settings}
+    other = {**ABOUT, "method": "experts", "parameters": {"form": "identity", "threshold": None}}
+    command, line = commands({"n": metadata, "e": other}, {"n": "n.json", "e": "e.json"})
+    assert parsed(command)["method"] == "experts"
+    assert line == (
+        f"# 'n.json' was made in Python; the command line has no option for its {named}"
+    )
+
+
+def test_sharing_s_usual_settings_are_those_of_the_command_line():
+    usual = inspect.signature(lf.detect.sharing).parameters
+    settings = {name: usual[name].default for name in ("attribution", "top")}
+    metadata = {**ABOUT, "method": "sharing", "parameters": settings}
+    (line,) = commands({"sharing": metadata}, {"sharing": "n.json"})
+    assert parsed(line)["method"] == "sharing"
 
 
 SWEEP = {

@@ -129,7 +129,7 @@ def sweep(
             "where": where,
             "random_sets": random_sets,
             "languages": dict(languages or {}),
-            "restrict": restrict,
+            "restrict": identifier.restricted,
             "seed": seed,
             **({} if means is None else _about_shift(means, shift_layers, strength)),
         },

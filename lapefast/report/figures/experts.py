@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
@@ -14,8 +15,9 @@ from lapefast.report.figures.style import COLUMN, lettering
 
 __all__ = ["frequencies", "similarities"]
 
-_LAYER = 0.05  # inches, and at least _LOWEST per label
-_LOWEST = 0.55
+# Inches, of a label's panel: a layer's height, its own at least and at most, its name's, its width.
+_LAYER, _LOWEST, _HIGHEST, _NAME, _WIDE = 0.05, 0.45, 1.0, 0.2, 1.25
+_ALONE, _HIGH = 4, 7  # labels that stand below each other, at most: all of them, and of a column
 
 
 def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "experts") -> Figure:
@@ -31,10 +33,15 @@ def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "exper
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
         with lettering(labels, escape=escape) as (drawn,):
-            height = 0.5 + len(labels) * max(_LOWEST, _LAYER * layers)
-            figure = matplotlib.figure.Figure((COLUMN, height), layout="constrained")
-            panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
-            for axes, label, values in zip(panels, drawn, frequency, strict=True):
+            several = len(labels) > _ALONE
+            columns = max(2, math.ceil(len(labels) / _HIGH)) if several else 1
+            rows = math.ceil(len(labels) / columns)
+            panel = min(_HIGHEST, max(_LOWEST, _LAYER * layers))
+            size = (max(COLUMN, 0.8 + _WIDE * columns), 0.5 + rows * (panel + _NAME))
+            figure = matplotlib.figure.Figure(size, layout="constrained")
+            panels = figure.subplots(rows, columns, squeeze=False).flatten()
+            for number, (label, values) in enumerate(zip(drawn, frequency, strict=True)):
+                axes = panels[number]
                 image = axes.imshow(
                     values,
                     aspect="auto",
@@ -43,13 +50,20 @@ def frequencies(labels: Sequence[str], frequency: np.ndarray, name: str = "exper
                     vmin=0,
                     vmax=top,
                 )
-                axes.set_ylabel(label, rotation=0, ha="right", va="center")
+                axes.set_title(label, fontsize=7, pad=2)
                 axes.set_yticks([0, layers - 1] if layers > 1 else [0])
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axes.tick_params(length=0)
+                axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+                lowest, first = number + columns >= len(labels), number % columns == 0
+                axes.tick_params(length=0, labelbottom=lowest, labelleft=first)
                 axes.spines[:].set_visible(False)
-            panels[-1].set_xlabel("expert (rows: layers)")
-            bar = figure.colorbar(image, ax=list(panels), label="frequency", pad=0.02)
+            for axes in panels[len(labels) :]:
+                axes.remove()
+            figure.supxlabel("expert", fontsize=7)
+            figure.supylabel("layer", fontsize=7)
+            shown = list(panels[: len(labels)])
+            bar = figure.colorbar(
+                image, ax=shown, label="frequency", pad=0.02, fraction=0.05, aspect=40
+            )
             bar.outline.set_visible(False)
         return figure
 

@@ -10,6 +10,7 @@ from unicodedata import east_asian_width
 import matplotlib
 from matplotlib.figure import Figure
 
+from lapefast.display import shortened
 from lapefast.files import write_atomically
 from lapefast.report.fonts import drawable
 
@@ -48,9 +49,10 @@ def lettering(
     """
     families, drawn = drawable(*names, escape=escape)
     with matplotlib.rc_context({**STYLE, "font.family": families}):
+        short = [shortened(some, _LONGEST) for some in drawn]
         yield [
-            [new if name in whole else _shortened(new) for name, new in zip(*both, strict=True)]
-            for both in zip(names, drawn, strict=True)
+            [two if one in whole else three for one, two, three in zip(*forms, strict=True)]
+            for forms in zip(names, drawn, short, strict=True)
         ]
 
 
@@ -72,7 +74,3 @@ def write(figure: Figure, path: Path) -> Path:
     ):
         figure.savefig(file, format=kind, dpi=300, metadata=metadata)
     return path
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
