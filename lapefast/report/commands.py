@@ -30,9 +30,9 @@ _METHODS = {
 }
 # What `lapefast identify` always does, by the names of settings.
 _FIXED = {
-    "average-precision": {"longer": ("cut",)},
-    "sharing": {"attribution": (True,), "top": (800,)},
-    "experts": {"form": ("identity",), "threshold": (None,), "longer": ("cut",)},
+    "average-precision": {"longer": "drop"},
+    "sharing": {"attribution": True, "top": 800},
+    "experts": {"form": "identity", "threshold": None, "longer": "cut"},
 }
 _RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
 _IDENTIFY = (*_RATES, "form", "over")
@@ -99,7 +99,7 @@ def _beyond(metadata: _About) -> list[str]:
     beyond = [
         name
         for name, usual in _FIXED.get(metadata["method"], {}).items()
-        if name in settings and settings[name] not in usual
+        if name in settings and settings[name] != usual
     ]
     if metadata.get("corpora") and "max_documents" in settings and not settings["max_documents"]:
         beyond.append("max_documents")

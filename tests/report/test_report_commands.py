@@ -80,7 +80,7 @@ def test_a_threshold_of_plnd_has_its_option():
     [
         ("plnd", {"top": {"ffn": 3, "query_key": 2, "value": 1}}, "top"),
         ("plnd", {"threshold": {"ffn": 0.5, "value": 0.25}}, "threshold"),
-        ("average-precision", {"longer": "drop", "max_documents": None}, "longer, max_documents"),
+        ("average-precision", {"longer": "cut", "max_documents": None}, "longer, max_documents"),
         ("sharing", {"attribution": False, "top": 10}, "attribution, top"),
         ("experts", {"form": "absolute", "threshold": 0.5}, "form, threshold"),
     ],
