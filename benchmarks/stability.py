@@ -55,6 +55,9 @@ CASES = [
     Case(3, 20000, 1024, 1024, 0.02),
 ]
 
+# The overlap at which a pass stops by itself, and how many rows it reads at most.
+UNTIL = [(CASES[1], 0.8, 2**13), (CASES[5], 0.95, 2**13), (CASES[5], 0.98, 2**17)]
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -224,8 +227,8 @@ def main(what: str, count: int = 10) -> None:
     for case in CASES:
         name = f"{case.labels} labels, {case.neurons:,} neurons, {case.rows} rows of {case.length}"
         print(row(name, [synthetic(case, seed) for seed in range(count)]), flush=True)
-    for case, target in ((CASES[1], 0.8), (CASES[5], 0.95)):
-        runs = [stopped(case, seed, target, 2**13) for seed in range(count)]
+    for case, target, most in UNTIL:
+        runs = [stopped(case, seed, target, most) for seed in range(count)]
         ended = [one for one in runs if one is not None]
         rows = sorted(rows for _, rows in ended)
         name = f"until {target}: {case.labels} labels, {case.neurons:,} neurons, rows of "
