@@ -184,11 +184,17 @@ def _union(sets: Neurons) -> NeuronSet:
             if len(sets)
         }
         return NeuronSet(union, None, sets.layout)
-    if not isinstance(sets, Mapping) or not all(isinstance(site, str) for site in sets):
+    if not isinstance(sets, Mapping):
         raise InputError(
             "neurons to edit must be neurons[label] or a dict from site name to indices, "
             f"got {type(sets).__name__}"
         )
+    for site in sets:
+        if not isinstance(site, str):
+            raise InputError(
+                "a dict of neurons must name its sites by strings, such as 'layers.0.mlp', got "
+                f"{site!r}"
+            )
     return NeuronSet(sets)
 
 

@@ -66,7 +66,7 @@ def test_indices_that_cannot_be_neurons_are_refused_by_site(indices, message):
 
 
 def test_a_label_that_is_no_text_is_refused():
-    with pytest.raises(InputError, match="labels must be strings, got 1"):
+    with pytest.raises(InputError, match="labels must be strings without lone surrogates, got 1"):
         NeuronSets({1: {"a": [1]}}, LAYOUT)
 
 
