@@ -79,8 +79,9 @@ class PerplexityMatrix:
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per row of the matrix ("none" first) and text.
 
-        Columns: ``deactivated`` (of experts ``pruned_for``), ``text``, ``tokens``, ``nll`` (nats per token), ``perplexity``,
-        ``change`` (of perplexity), ``random_nll``, ``random_nll_least``, ``random_nll_largest``.
+        Columns: ``deactivated`` (of experts ``pruned_for``), ``text``, ``tokens``, ``nll`` (nats
+        per token), ``perplexity``, ``change`` (of perplexity), ``random_nll``,
+        ``random_nll_least``, ``random_nll_largest``.
         """
         import pandas
 
