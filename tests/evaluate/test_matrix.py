@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -166,6 +167,23 @@ def test_a_file_that_is_no_matrix_is_refused(model, neurons, texts, tmp_path, sp
     perplexity_matrix(model, neurons, texts, progress=False).save(path)
     path.write_text(spoil(path.read_text()))
     with pytest.raises(InputError, match="the matrix file"):
+        PerplexityMatrix.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rows": []}, "is damaged: it has no rows; make it again"),
+        ({"columns": []}, "is damaged: it has no columns"),
+        ({"nll": [[math.nan] * 2] * 3}, "is damaged: a likelihood is not finite"),
+        ({"random_nll": [[math.inf] * 2] * 3}, "is damaged: a likelihood is not finite"),
+    ],
+)
+def test_a_matrix_without_numbers_is_refused(model, neurons, texts, tmp_path, changed, said):
+    path = tmp_path / "matrix.json"
+    perplexity_matrix(model, neurons, texts, progress=False).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(InputError, match=said):
         PerplexityMatrix.load(path)
 
 

@@ -53,7 +53,7 @@ def pruned_experts(
     """
     frequency = experts.of_label(label).numpy()
     if not (isinstance(rate, Real) and 0 < rate < 1):
-        raise InputError(f"rate must be a number over 0 and below 1, got {rate!r}")
+        raise InputError(f"rate must be over 0 and below 1, got {rate!r}")
     count = round(rate * frequency.size)
     if form == "frequency":
         return torch.from_numpy(_least(frequency.ravel(), count).reshape(frequency.shape))
