@@ -174,7 +174,7 @@ def test_the_report_draws_them(lapefast, files, tmp_path):
         (["report", "--sampled", "{p}"], "give it by --pruning"),
         (["report", "--categories", "{s}"], "give it by --sampled"),
         (["report", "--neurons", "{x}"], "give it by --experts"),
-        (["report", "--experts", "{a}"], "average-precision"),
+        (["report", "--experts", "{a}"], "it is not an experts file"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(
