@@ -1,4 +1,4 @@
-"""What a label may be."""
+"""What a label, or another name that files hold, may be."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ __all__ = ["check_names"]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def check_names(labels: Iterable[Any]) -> None:
-    """Raise InputError unless each label is a string that a file of UTF-8 can hold."""
-    for label in labels:
-        if not isinstance(label, str) or _SURROGATE.search(label):
-            raise InputError(f"labels must be strings without lone surrogates, got {label!r}")
+def check_names(names: Iterable[Any]) -> None:
+    """Raise InputError unless each is a string that a file of UTF-8 can hold."""
+    for name in names:
+        if not isinstance(name, str) or _SURROGATE.search(name):
+            raise InputError(
+                f"labels and names must be strings without lone surrogates, got {name!r}"
+            )

@@ -232,9 +232,11 @@ def matrix_of_passes(
         progress: show a bar.
 
     Raises:
-        InputError: the model predicts no next token, a text has rows of one token, or a likelihood
-            is not finite.
+        InputError: there is no label, the model predicts no next token, a text has rows of one
+            token, or a likelihood is not finite.
     """
+    if not labels:
+        raise InputError("a matrix needs a label whose neurons are deactivated, got none")
     likelihood = TokenLikelihood(model)
     tokens = {label: sum(rows[:, 1:].numel() for rows in texts[label]) for label in texts}
     for label, predicted in tokens.items():
@@ -284,8 +286,8 @@ def _parsed(content: Mapping[str, Any]) -> PerplexityMatrix:
         name: torch.tensor(content[name], dtype=torch.float64)
         for name in ("nll", "random_nll", "random_range")
     }
-    if not columns:
-        raise ValueError("it has no columns")
+    if len(rows) < 2 or not columns:
+        raise ValueError("it is of no label or of no text")
     if any(tuple(value.shape[:2]) != (len(rows), len(columns)) for value in values.values()):
         raise ValueError("shapes differ")
     if not all(value.isfinite().all() for value in values.values()):

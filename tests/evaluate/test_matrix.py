@@ -174,7 +174,8 @@ def test_a_file_that_is_no_matrix_is_refused(model, neurons, texts, tmp_path, sp
     ("changed", "said"),
     [
         ({"rows": []}, "is damaged: it has no rows; make it again"),
-        ({"columns": []}, "is damaged: it has no columns"),
+        ({"columns": []}, "is damaged: it is of no label or of no text"),
+        ({"rows": ["none"]}, "is damaged: it is of no label or of no text"),
         ({"nll": [[math.nan] * 2] * 3}, "is damaged: a likelihood is not finite"),
         ({"random_nll": [[math.inf] * 2] * 3}, "is damaged: a likelihood is not finite"),
     ],
@@ -207,6 +208,11 @@ def test_a_label_named_like_the_unedited_row_is_refused(model, neurons, texts):
     sets = NeuronSets({"none": neurons["en"]}, neurons.layout)
     with pytest.raises(InputError, match="rename it"):
         perplexity_matrix(model, sets, texts, progress=False)
+
+
+def test_no_label_at_all_is_refused(model, neurons, texts):
+    with pytest.raises(InputError, match="a matrix needs a label"):
+        perplexity_matrix(model, NeuronSets({}, neurons.layout), texts, progress=False)
 
 
 def test_neurons_of_another_model_are_refused(model, neurons, texts):

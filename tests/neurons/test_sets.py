@@ -67,7 +67,7 @@ def test_indices_that_cannot_be_neurons_are_refused_by_site(indices, message):
 
 @pytest.mark.parametrize("label", [1, "\ud800", "a\udfff"])
 def test_a_label_that_no_file_can_hold_is_refused(label):
-    with pytest.raises(InputError, match="labels must be strings without lone surrogates, got"):
+    with pytest.raises(InputError, match="must be strings without lone surrogates, got"):
         NeuronSets({label: {"a": [1]}}, LAYOUT)
 
 
