@@ -8,6 +8,7 @@ import pytest
 
 import lapefast as lf
 from lapefast.evaluate import perplexity_matrix
+from lapefast.evaluate.sweep import Sweep, SweepRow
 
 LABELS = ("en", "zh")
 
@@ -101,6 +102,17 @@ def test_bad_input_is_one_sentence_and_writes_nothing(lapefast, files, tmp_path,
     assert said.format(**paths) in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_language_of_a_label_that_a_sweep_lacks_is_refused(lapefast, tmp_path):
+    kinds = (("unedited", None), ("edited", "zh"))
+    rows = [SweepRow("en", to, kind, None, "p", "t", [1], "en", 1.0) for kind, to in kinds]
+    pair, codes = ("en", "zh"), {"en": "en", "zh": "zh"}
+    Sweep([pair], rows, {pair: 0}, codes, {"random_sets": 0}).save(tmp_path / "s")
+    given = ["--sweep", tmp_path / "s", "--language", "fr=fr", "-o", tmp_path / "report.html"]
+    result = lapefast("report", *given)
+    assert result.code == 2
+    assert "--language says what 'fr' is, but the labels are en, zh" in result.err
 
 
 def test_a_page_that_could_not_be_written_is_refused_first(lapefast, tmp_path):

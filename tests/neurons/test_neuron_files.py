@@ -204,6 +204,9 @@ def test_a_missing_file_and_a_file_of_another_kind_are_refused(tmp_path):
     (tmp_path / "text").write_text("neither")
     with pytest.raises(InputError, match="not JSON, so taken for a published one"):
         NeuronSets.load(tmp_path / "text")
+    (tmp_path / "sealed").write_bytes(b"12345678{")
+    with pytest.raises(InputError, match="safetensors file, which holds what a method measured"):
+        NeuronSets.load(tmp_path / "sealed")
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.pth"])
