@@ -133,7 +133,7 @@ def report(
         files=files,
     )
     if inputs.sweep is not None:
-        edits.check_languages(codes, inputs.sweep.codes)
+        edits.check_languages(codes, dict.fromkeys(sum(inputs.sweep.pairs, ())))
     written = write_report(output, inputs, title=title, date=date, figures=figures)
     from lapefast.cli.tables import console
 
