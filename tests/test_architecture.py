@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lapefast"
 # From the bottom up; parts on one line may import each other, but not in a circle.
 ORDER = [
     {"errors"},
-    {"files", "sealed", "display", "ops"},
+    {"files", "sealed", "display", "labels", "ops"},
     {"corpus", "models", "neurons"},
     {"profiles"},
     {"recording", "engines"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,8 @@ __all__ = [
     "Scale",
     "Strength",
     "build_edit",
+    "check_languages",
+    "parse_languages",
     "parse_pairs",
     "read_neurons",
 ]
@@ -158,6 +161,30 @@ def parse_pairs(given: list[str] | None, option: str, form: str) -> list[tuple[s
             raise InputError(f"{option} must be {form}, got {one!r}")
         pairs.append((left, right))
     return pairs
+
+
+def parse_languages(given: list[str] | None) -> dict[str, str]:
+    """Label -> code, as ``--language`` says. Raises InputError for two of a label, or none."""
+    codes: dict[str, str] = {}
+    for label, code in parse_pairs(given, "--language", "LABEL=CODE, such as chinese=zh"):
+        if codes.setdefault(label, code) != code:
+            raise InputError(
+                f"--language says that {label!r} is {codes[label]} and that it is {code}; give one"
+            )
+    if codes:
+        from lapefast.evaluate.language import LanguageIdentifier
+
+        LanguageIdentifier(list(codes), codes)  # refuses what is no language's code
+    return codes
+
+
+def check_languages(codes: Mapping[str, str], labels: Collection[str]) -> None:
+    """Raise InputError where ``--language`` is of a label that is not there."""
+    for label in codes:
+        if label not in labels:
+            raise InputError(
+                f"--language says what {label!r} is, but the labels are {', '.join(labels)}"
+            )
 
 
 def _of(sets: NeuronSets, label: str, path: Path):

@@ -62,8 +62,12 @@ def generate(
     """
     if output is not None:
         check_output(output)
-    if sample and not temperature > 0:
-        raise InputError(f"--temperature must be above 0, got {temperature}")
+    from lapefast.steering.continuations import check_temperature, continuations
+
+    if sample:
+        check_temperature(temperature, "--temperature")
+    elif temperature != 1:
+        raise InputError("--temperature is for tokens that are drawn; give --sample too")
     texts = _prompts(prompt, prompts)
     edit = edits.build_edit(neurons, labels, profile, deactivate, scale, add, activate, strength)
     loaded = loading.load(model, None)
@@ -71,7 +75,6 @@ def generate(
 
     from lapefast.cli.tables import console
     from lapefast.files import write_atomically
-    from lapefast.steering.continuations import continuations
 
     tokenizer = loaded.tokenizer
     ids = [_encoded(tokenizer, text, chat) for text in texts]

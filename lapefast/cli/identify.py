@@ -77,8 +77,13 @@ def identify(
     check_output(output)
     if details is not None:
         check_output(details)
-        if method in ("lape", "plnd"):
-            raise InputError(f"{method} measures nothing beside its neurons; leave --details out")
+        if method == "lape":
+            raise InputError("lape measures nothing beside its neurons; leave --details out")
+        if method == "plnd":
+            raise InputError(
+                "plnd's scores are kept in no file; leave --details out, and read mean_scores of "
+                "what lapefast.detect.plnd returns"
+            )
         if method == "average-precision" and details.suffix != ".safetensors":
             raise InputError(f"--details of {method} must end in .safetensors, got {details}")
         if details == output:

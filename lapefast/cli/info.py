@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lapefast.cli.kinds import OTHER_JSON, OTHER_SAFETENSORS, kind_of
 from lapefast.errors import InputError
 
 __all__ = ["info"]
@@ -55,42 +55,14 @@ def _read(path: Path) -> Any:
         "lapefast sampled languages": SampledLanguages.load,
         "lapefast sweep": Sweep.load,
         "published": NeuronSets.load,
+        # Cut short or damaged, which the reader of the likeliest kind says best.
+        OTHER_JSON: NeuronSets.load,
+        OTHER_SAFETENSORS: Profile.load,
     }
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind not in readers:
         what = "is empty" if kind is None else "is not one of lapefast's files"
         raise InputError(
             f"{path} {what}; give a profile, neurons, a matrix, or what another method found"
         )
     return readers[kind](path)
-
-
-def _kind(path: Path) -> str | None:
-    """What the file says that it is; None for an empty one."""
-    from lapefast.files import existing_file
-
-    with open(existing_file(path, "file"), "rb") as file:
-        start = file.read(9)
-        if not start:
-            return None
-        # A published file is a zip or a pickle.
-        if start.startswith((b"PK", b"\x80")):
-            return "published"
-        # Safetensors begin with the length of a JSON header.
-        sealed = start[8:] == b"{"
-        if not sealed and not start.lstrip().startswith(b"{"):
-            return "something else"
-        file.seek(8 if sealed else 0)
-        # Of a file that is not one, the length may be any.
-        length = int.from_bytes(start[:8], "little") if sealed else -1
-        data = file.read(min(length, path.stat().st_size))
-    # Lines of JSON, the first of which says what they are; or, as once written, does not.
-    line = data.partition(b"\n")[0]
-    if not sealed and (b'"lapefast sweep"' in line or b'"target"' in line):
-        return "lapefast sweep"
-    try:
-        content = json.loads(data)
-        return str((content["__metadata__"] if sealed else content)["format"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        # Cut short or damaged, which the reader of the likeliest kind says best.
-        return "lapefast profile" if sealed else "lapefast neurons"

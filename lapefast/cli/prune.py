@@ -60,7 +60,7 @@ def prune(
 
     corpora = parse_corpus_arguments(corpus)
     found = Experts.load(experts)
-    chosen = [one.strip() for one in labels.split(",")] if labels else found.labels
+    chosen = [one.strip() for one in labels.split(",")] if labels is not None else found.labels
     for label in chosen:
         pruned_experts(found, label, rate, form)  # refuses what it would refuse after the loading
     loaded = loading.load(model, corpora, text)

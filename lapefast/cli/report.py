@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapefast.cli import edits, options
+from lapefast.cli.kinds import kind_of
 from lapefast.cli.options import check_output
 from lapefast.errors import InputError
 
@@ -16,6 +17,25 @@ if TYPE_CHECKING:
     from lapefast.neurons import NeuronSets
 
 __all__ = ["report"]
+
+# Names of inputs that are not their options'.
+_OPTIONS = {
+    "experts in full": "experts",
+    "sharing in full": "sharing",
+    "deactivation": "categories",
+}
+_TAKEN_BY = {
+    "lapefast profile": "--profile",
+    "lapefast neurons": "--neurons",
+    "published": "--neurons",
+    "lapefast perplexity matrix": "--matrix",
+    "lapefast sweep": "--sweep",
+    "lapefast sampled languages": "--sampled",
+    "lapefast experts file": "--experts",
+    "lapefast sharing": "--sharing",
+    "lapefast category deactivation": "--categories",
+}
+"""Kind of file -> the option that takes it; a matrix of experts pruned is --pruning's."""
 
 
 def _file(help: str):
@@ -77,7 +97,7 @@ def report(
     given = {"profile": profile, "matrix": matrix, "sweep": sweep, "sampled": sampled}
     given |= {"experts in full": experts, "pruning": pruning}
     given |= {"sharing in full": sharing, "deactivation": categories}
-    codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
+    codes = edits.parse_languages(language)
     if codes and sweep is None:
         raise InputError(
             "--language says which languages a sweep's labels are; give one by --sweep"
@@ -93,6 +113,9 @@ def report(
     from lapefast.report import Inputs, write_report
 
     paths = list(neurons or ())
+    for name, path in (*given.items(), *(("neurons", path) for path in paths)):
+        if path is not None and path.is_file():
+            _check_kind(f"--{_OPTIONS.get(name, name)}", path)
     sets = [NeuronSets.load(path) for path in paths]
     names = _names(paths, sets, [name for name, path in given.items() if path is not None])
     files = {name: path.name for name, path in given.items() if path is not None}
@@ -109,12 +132,27 @@ def report(
         deactivation=categories and CategoryDeactivation.load(categories),
         files=files,
     )
+    if inputs.sweep is not None:
+        edits.check_languages(codes, dict.fromkeys(sum(inputs.sweep.pairs, ())))
     written = write_report(output, inputs, title=title, date=date, figures=figures)
     from lapefast.cli.tables import console
 
     console.print(f"wrote {output}", highlight=False)
     if figures is not None:
         console.print(f"wrote {len(written) - 1} files to {figures}", highlight=False)
+
+
+def _check_kind(option: str, path: Path) -> None:
+    """Raise InputError for a file that another option takes."""
+    from lapefast.evaluate import PerplexityMatrix
+
+    right = _TAKEN_BY.get(kind_of(path), option)
+    if right == "--matrix" and PerplexityMatrix.load(path).of_experts:
+        right = "--pruning"
+    if right != option:
+        raise InputError(
+            f"{path} is not what {option} takes but what {right} does; give it by {right}"
+        )
 
 
 def _names(paths: Sequence[Path], sets: Sequence[NeuronSets], taken: Sequence[str]) -> list[str]:

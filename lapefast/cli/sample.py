@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lapefast.cli import edits, options
+from lapefast.cli.kinds import kind_of
 from lapefast.cli.options import check_output
 from lapefast.errors import InputError
 
@@ -55,18 +56,24 @@ def sample(
     Example: `lapefast sample ./my-model --neurons average-precision.safetensors -o sampled.json`
     """
     check_output(output)
-    if not temperature > 0:
-        raise InputError(f"--temperature must be over 0, got {temperature}")
     from lapefast import Profile
     from lapefast.detect import AveragePrecisionNeurons
+    from lapefast.steering.continuations import check_temperature
 
+    check_temperature(temperature, "--temperature")
+    codes = edits.parse_languages(language)
     chosen = None if labels is None else [label.strip() for label in labels.split(",")]
     if profile is None:
+        if kind_of(neurons) in ("lapefast neurons", "published"):
+            raise InputError(
+                f"{neurons} does not say to which values its neurons are set; give a profile by "
+                "--profile, or what average-precision's --details wrote"
+            )
         sets, values = AveragePrecisionNeurons.load(neurons, chosen), None
     else:
         sets, measured = edits.read_neurons(neurons, labels), Profile.load(profile)
         values = {label: measured.means(label) for label in sets}
-    codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
+    edits.check_languages(codes, sets.labels)
     loaded = loading.load(model, None, tokenizer=True)
     from lapefast.cli.tables import console, show
     from lapefast.evaluate import sampled_languages

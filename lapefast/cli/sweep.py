@@ -14,6 +14,8 @@ from lapefast.errors import InputError
 
 __all__ = ["sweep"]
 
+_STRENGTH, _MAX_TOKENS = 1.0, 2**20
+
 
 def sweep(
     model: options.Model,
@@ -61,7 +63,7 @@ def sweep(
     ] = None,
     strength: Annotated[
         float, typer.Option(help="Of the shift.", rich_help_panel="DiffMean")
-    ] = 1.0,
+    ] = _STRENGTH,
     shift_layer: Annotated[
         list[int] | None,
         typer.Option(
@@ -75,7 +77,7 @@ def sweep(
     loading: options.ModelOptions = options.LOADING,
     batch_size: options.GenerationBatch = 128,
     seq_len: options.SeqLen = None,
-    max_tokens: options.MaxTokens = 2**20,
+    max_tokens: options.MaxTokens = _MAX_TOKENS,
 ) -> None:
     """Steer prompts of each language to each other one, and tell the languages of the answers.
 
@@ -88,11 +90,14 @@ def sweep(
     from lapefast.evaluate.prompts import read_prompts
 
     corpora = parse_corpus_arguments(corpus) if corpus else None
+    if corpora is None:
+        _refuse_unread(text, strength, shift_layer, seq_len, max_tokens)
+    codes = edits.parse_languages(language)
     sets = edits.read_neurons(neurons, labels)
     pairs = edits.parse_pairs(pair, "--pair", "SOURCE=TARGET, such as en=zh") or None
-    codes = dict(edits.parse_pairs(language, "--language", "LABEL=CODE, such as chinese=zh"))
     measured = Profile.load(profile)
     sources = [source for source, _ in pairs] if pairs else sets.labels
+    edits.check_languages(codes, dict.fromkeys(sum(pairs, ())) if pairs else sets.labels)
     if prompts is None:
         from lapefast import demo
 
@@ -144,3 +149,25 @@ def sweep(
     found.save(output)
     show(found)
     console.print(f"wrote {output}", highlight=False)
+
+
+def _refuse_unread(
+    text: options.TextOptions,
+    strength: float,
+    shift_layer: list[int] | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+) -> None:
+    """No option of DiffMean may have been asked for."""
+    given = {
+        "--strength": strength != _STRENGTH,
+        "--shift-layer": shift_layer,
+        "--document": text.document != options.TEXT.document,
+        "--field": text.field != options.TEXT.field,
+        "--no-special-tokens": not text.special_tokens,
+        "--seq-len": seq_len is not None,
+        "--max-tokens": max_tokens != _MAX_TOKENS,
+    }
+    for option, asked in given.items():
+        if asked:
+            raise InputError(f"{option} is for DiffMean, which reads texts; give --corpus too")

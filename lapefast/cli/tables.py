@@ -125,7 +125,7 @@ def _show_deactivation(found: CategoryDeactivation) -> None:
 
 
 def _show_matrix(matrix: PerplexityMatrix) -> None:
-    pruned = "pruning" in matrix.metadata
+    pruned = matrix.of_experts
     done = "experts are pruned for a label" if pruned else "a label's neurons are deactivated"
     console.print(
         f"Change of perplexity of each text (columns) when {done} "

@@ -29,6 +29,7 @@ from lapefast.corpus.sources import ArraySource, OnceSource, find_source
 from lapefast.corpus.token_cache import TokenCache, enough, tokenizer_signature
 from lapefast.corpus.tokens import Tokenisation, Tokens
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -393,6 +394,7 @@ def _max_rows(seq_len: int, max_tokens: int | None) -> int | None:
 def _check_label(label: Any) -> None:
     if not isinstance(label, str) or not label.strip():
         raise InputError(f"a label must be a non-empty string, got {label!r}")
+    check_names([label])
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class LanguageIdentifier:
         restricted: whether only the labels' languages are in question.
 
     Raises:
-        InputError: a label's code is not known.
+        InputError: a label's code is not known to `py3langid`.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class LanguageIdentifier:
         self.codes = {label: given.get(label, _code(label)) for label in labels}
         for label, code in self.codes.items():
             if not isinstance(code, str) or code not in known:
+                if label in given:
+                    raise InputError(
+                        f"the code {code!r} of label {label!r} is of no language that can be "
+                        f"identified; the codes are {', '.join(sorted(known))}"
+                    )
                 raise InputError(
                     f"the label {label!r} is no language that can be identified (py3langid knows "
                     f"{len(known)}, by codes such as en, zh, id); say which it is by "

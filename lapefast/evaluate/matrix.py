@@ -40,7 +40,8 @@ class PerplexityMatrix:
     """Mean negative log-likelihoods per token, in nats.
 
     Attributes:
-        rows: "none" (the unedited model), then the labels whose neurons were deactivated.
+        rows: "none" (the unedited model), then the labels whose neurons were deactivated, or that
+            experts were pruned for.
         columns: the labels of the texts.
         nll: float64 [rows, columns].
         random_nll: float64 [rows, columns], the mean over random sets of equal size per layer.
@@ -58,6 +59,11 @@ class PerplexityMatrix:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def of_experts(self) -> bool:
+        """Whether experts were pruned for the labels, as by `lapefast.evaluate.pruning_matrix`."""
+        return "pruning" in self.metadata
+
+    @property
     def perplexity(self) -> Tensor:
         """float64 [rows, columns]."""
         return self.nll.exp()
@@ -71,10 +77,11 @@ class PerplexityMatrix:
         return self.random_range[1:].exp() - self.perplexity[0, :, None]
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with a row per deactivated label ("none" first) and text.
+        """A `pandas.DataFrame` with a row per row of the matrix ("none" first) and text.
 
-        Columns: ``deactivated``, ``text``, ``tokens``, ``nll`` (nats per token), ``perplexity``,
-        ``change`` (of perplexity), ``random_nll``, ``random_nll_least``, ``random_nll_largest``.
+        Columns: ``deactivated`` (of experts ``pruned_for``), ``text``, ``tokens``, ``nll`` (nats
+        per token), ``perplexity``, ``change`` (of perplexity), ``random_nll``,
+        ``random_nll_least``, ``random_nll_largest``.
         """
         import pandas
 
@@ -90,19 +97,21 @@ class PerplexityMatrix:
             dim=-1,
         ).tolist()
         rows = [
-            (deactivated, text, self.tokens[column], *values[row][column])
-            for row, deactivated in enumerate(self.rows)
+            (label, text, self.tokens[column], *values[row][column])
+            for row, label in enumerate(self.rows)
             for column, text in enumerate(self.columns)
         ]
-        names = ["deactivated", "text", "tokens", "nll", "perplexity", "change"]
+        names = ["pruned_for" if self.of_experts else "deactivated"]
+        names += ["text", "tokens", "nll", "perplexity", "change"]
         names += ["random_nll", "random_nll_least", "random_nll_largest"]
         return pandas.DataFrame(rows, columns=names)
 
     def _repr_html_(self) -> str:
         changes = self.changes().tolist()
         most = max((abs(one) for row in changes for one in row), default=0) or 1
+        done = "with experts pruned for a label" if self.of_experts else "without a label's neurons"
         return display.table(
-            "Change of perplexity of each text (columns) without a label's neurons (rows)",
+            f"Change of perplexity of each text (columns) {done} (rows)",
             ["", *self.columns],
             [
                 [label, *(f"{one:+.2f}" for one in row)]
@@ -223,9 +232,11 @@ def matrix_of_passes(
         progress: show a bar.
 
     Raises:
-        InputError: the model predicts no next token, a text has rows of one token, or a likelihood
-            is not finite.
+        InputError: there is no label, the model predicts no next token, a text has rows of one
+            token, or a likelihood is not finite.
     """
+    if not labels:
+        raise InputError("a matrix needs a label whose neurons are deactivated, got none")
     likelihood = TokenLikelihood(model)
     tokens = {label: sum(rows[:, 1:].numel() for rows in texts[label]) for label in texts}
     for label, predicted in tokens.items():
@@ -275,8 +286,12 @@ def _parsed(content: Mapping[str, Any]) -> PerplexityMatrix:
         name: torch.tensor(content[name], dtype=torch.float64)
         for name in ("nll", "random_nll", "random_range")
     }
+    if len(rows) < 2 or not columns:
+        raise ValueError("it is of no label or of no text")
     if any(tuple(value.shape[:2]) != (len(rows), len(columns)) for value in values.values()):
         raise ValueError("shapes differ")
+    if not all(value.isfinite().all() for value in values.values()):
+        raise ValueError("a likelihood is not finite")
     tokens, metadata = content["tokens"], content["metadata"]
     return PerplexityMatrix(rows, columns, **values, tokens=tokens, metadata=metadata)
 

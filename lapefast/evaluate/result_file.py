@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One kind of file.
+    """One kind of file; its content has rows.
 
     Attributes:
         what: its name in messages.
@@ -43,8 +43,8 @@ class ResultFile:
         """What ``parse`` makes of the file's JSON.
 
         Raises:
-            InputError: the file is missing, of another kind or version, or damaged, or ``parse``
-                finds an entry missing (KeyError) or wrong (TypeError, ValueError).
+            InputError: the file is missing, of another kind or version, or damaged, or has no rows,
+                or ``parse`` finds an entry missing (KeyError) or wrong (TypeError, ValueError).
         """
         file = existing_file(path, self.what)
         try:
@@ -60,6 +60,8 @@ class ResultFile:
                 f"{found[0]!r} of version {found[1]!r}"
             )
         try:
+            if not content["rows"]:
+                raise ValueError("it has no rows")
             return parse(content)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -22,7 +22,7 @@ from lapefast.models.bare import unwrap
 from lapefast.models.inputs import input_device
 from lapefast.neurons import Edit, NeuronSet, NeuronSets, activate
 from lapefast.profiling.about import about_run
-from lapefast.steering.continuations import continuations
+from lapefast.steering.continuations import check_temperature, continuations
 
 __all__ = ["SampledLanguage", "SampledLanguages", "sampled_languages"]
 
@@ -136,8 +136,7 @@ def sampled_languages(
     for name, value, least in (("samples", samples, 1), ("random_sets", random_sets, 0)):
         if type(value) is not int or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not temperature > 0:
-        raise InputError(f"temperature must be over 0, got {temperature!r}")
+    check_temperature(temperature)
     if not isinstance(neurons, NeuronSets):
         raise InputError(f"neurons must be NeuronSets, got {type(neurons).__name__}")
     identify = LanguageIdentifier(neurons.labels, languages, restrict)
@@ -157,7 +156,7 @@ def sampled_languages(
                 batch_size=batch_size,
                 progress=progress,
                 do_sample=True,
-                temperature=temperature,
+                temperature=float(temperature),
                 top_k=0,
                 top_p=1.0,
             )

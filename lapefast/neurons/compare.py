@@ -191,8 +191,9 @@ def _named(sets: NeuronSets, other: Layout) -> NeuronSets:
         return sets
     if len(sets.sites) != len(other.sites):
         raise InputError(
-            f"the neurons are of two models: one has {len(sets.sites)} sites, known by position, "
-            f"and the other {len(other.sites)}; call bind(model) on the former first"
+            f"one result knows its {len(sets.sites)} sites by position only, as a published file "
+            f"does, and the other has {len(other.sites)}, so which is which is not known; if they "
+            "are of one model, call bind(model) on the former first"
         )
     layout = sets.layout.named(other.sites)
     return NeuronSets(

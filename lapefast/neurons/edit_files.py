@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 from lapefast.neurons.documents import Document, as_text, block, require
 from lapefast.neurons.edits import Edit
 from lapefast.neurons.layout import Key, Layout, sorted_indices
@@ -60,6 +61,7 @@ def save_edits(
         if edit.layout.positional or edit.layout.fingerprint is None:
             raise InputError(f"the edit {name} is not bound to a model; call edit.bind(model)")
         layout = layout.merge(edit.layout)
+    check_names(edits)
     if server is not None and server not in list(edits):
         raise InputError(f"the server's edit {server!r} is none of the file's: {', '.join(edits)}")
     entries = [f"{as_text(name)}: {_tables(edit)}" for name, edit in edits.items()]

@@ -184,10 +184,12 @@ def _union(sets: Neurons) -> NeuronSet:
             if len(sets)
         }
         return NeuronSet(union, None, sets.layout)
-    if not isinstance(sets, Mapping) or not all(isinstance(site, str) for site in sets):
+    named = isinstance(sets, Mapping)
+    if not named or not all(isinstance(site, str) for site in sets):
+        got = f"the keys {list(sets)!r:.60}" if named else type(sets).__name__
         raise InputError(
-            "neurons to edit must be neurons[label] or a dict from site name to indices, "
-            f"got {type(sets).__name__}"
+            "neurons to edit must be neurons[label] or a dict from site name to indices, such as "
+            f"{{'layers.0.mlp': [3]}}, got {got}"
         )
     return NeuronSet(sets)
 

@@ -10,6 +10,7 @@ import torch
 
 from lapefast import display
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 from lapefast.neurons import files
 from lapefast.neurons.layout import Key, Layout, sorted_indices
 
@@ -17,7 +18,7 @@ __all__ = ["NeuronSet", "NeuronSets"]
 
 
 class NeuronSet(Mapping[Key, torch.Tensor]):
-    """The neurons of one label: site -> sorted int64 indices, for every site in model order.
+    """The neurons of one label: site -> sorted int64 indices, for every site of the layout.
 
     Sites without neurons hold an empty tensor. Read from a published file, sites are the positions
     `0 .. n-1` until `bind(model)` names them.
@@ -111,7 +112,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
         metadata: how the neurons were found, as JSON: `method`, `parameters`, `notes` and so on.
 
     Raises:
-        InputError: a label is not a string, or see `NeuronSet`.
+        InputError: see `lapefast.labels.check_names` and `NeuronSet`.
     """
 
     def __init__(
@@ -120,9 +121,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
         layout: Layout,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        for label in neurons:
-            if not isinstance(label, str):
-                raise InputError(f"labels must be strings, got {label!r}")
+        check_names(neurons)
         self.layout = layout
         self.metadata = dict(metadata or {})
         self._sets = {label: NeuronSet(sites, label, layout) for label, sites in neurons.items()}
@@ -133,7 +132,10 @@ class NeuronSets(Mapping[str, NeuronSet]):
 
     @property
     def sites(self) -> list[Key]:
-        """Names of the sites in model order; positions, if the sets are not bound yet."""
+        """Names of the sites, or positions, if the sets are not bound yet.
+
+        FFNs in model order, then, where a method looks at them, linear layers in model order.
+        """
         return list(self.layout.sites)
 
     @property
@@ -147,7 +149,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
         return self.layout.fingerprint
 
     def layers(self, label: str) -> list[torch.Tensor]:
-        """The label's neurons as a list of sorted int64 tensors, one per site in model order."""
+        """The label's neurons as a list of sorted int64 tensors, one per site of `sites`."""
         return list(self[label].values())
 
     def bind(self, model: Any, check_fingerprint: bool = True) -> NeuronSets:
@@ -160,7 +162,8 @@ class NeuronSets(Mapping[str, NeuronSet]):
         """Write the sets to `path`, as JSON or, if it ends in `.pth`, in the published format.
 
         The published format holds a list over labels of lists over layers of sorted int64
-        tensors, and nothing else: no labels, site names, widths or method.
+        tensors, and nothing else: no labels, site names, widths or method. The authors' own file
+        has no suffix, `activation_mask/llama-70b`; such a name is written as JSON.
 
         Raises:
             InputError: the file cannot be written.
@@ -173,7 +176,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> NeuronSets:
-        """Read a JSON file or a published `.pth` file; the content decides which it is.
+        """Read a JSON file or a published file; the content decides which it is, not the name.
 
         Args:
             path: the file.
@@ -240,7 +243,7 @@ class NeuronSets(Mapping[str, NeuronSet]):
         counts = [[len(layer) for layer in self.layers(label)] for label in self]
         most = max((count for row in counts for count in row), default=0) or 1
         return display.table(
-            "Neurons per label, and per site in model order",
+            "Neurons per label, and per site in the order of sites",
             ["label", "all", *map(str, range(len(self.sites)))],
             [
                 [label, str(sum(row)), *map(str, row)]

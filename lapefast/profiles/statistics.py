@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 from lapefast.models.sites import Site
 from lapefast.profiles.shards import SHARDS
 
@@ -31,6 +32,7 @@ def check_structure(profile: Profile) -> None:
     """Raise InputError for labels, sites or tokens that no profile has."""
     if not profile.labels or not all(isinstance(name, str) and name for name in profile.labels):
         raise InputError(f"a profile needs labels that are strings, got {profile.labels}")
+    check_names(profile.labels)
     if len(set(profile.labels)) < len(profile.labels):
         raise InputError(f"the labels of a profile must be distinct, got {profile.labels}")
     if not profile.site_info or len(profile.sites) < len(profile.site_info):

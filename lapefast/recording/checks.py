@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 from lapefast.profiles import STATISTICS
 
 __all__ = ["check_flags", "check_labels", "check_statistics", "check_threshold"]
@@ -16,6 +17,7 @@ def check_labels(labels: Sequence[str]) -> list[str]:
     """The labels, distinct names. Raises InputError."""
     if isinstance(labels, str) or not labels or not all(isinstance(one, str) for one in labels):
         raise InputError(f"labels must be a list of names, got {labels!r}")
+    check_names(labels)
     if len(set(labels)) != len(labels):
         raise InputError(f"labels must differ, got {', '.join(labels)}")
     return list(labels)

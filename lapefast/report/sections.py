@@ -370,7 +370,7 @@ def _check(inputs: Inputs) -> None:
         raise InputError("a report needs something to report; give a profile or neurons, say")
     for name, of_experts in (("matrix", False), ("pruning", True)):
         matrix = getattr(inputs, name)
-        if matrix is not None and ("pruning" in matrix.metadata) != of_experts:
+        if matrix is not None and matrix.of_experts != of_experts:
             raise InputError(
                 "a matrix of neurons deactivated is a report's matrix, and one of experts pruned "
                 "its pruning; they were given the other way"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from lapefast.models.inputs import context_limit, input_device
 from lapefast.steering.sequences import Where
 from lapefast.steering.steer import Steer, steer
 
-__all__ = ["Request", "continuations"]
+__all__ = ["Request", "check_temperature", "continuations"]
 
 Request = tuple[Sequence[int], Steer | None]
 """A prompt's token ids, and what its sequence is steered by."""
 
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+_TEMPERATURES = 1e-4, 1e4  # logits divided by them are finite, and differ, in float32
 _PLAIN = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 
 
@@ -87,6 +89,13 @@ def continuations(
                 tokens[i] = generated
             bar.update(len(batch))
     return tokens
+
+
+def check_temperature(temperature: Any, name: str = "temperature") -> None:
+    """Raise InputError unless tokens can be drawn at the temperature."""
+    least, largest = _TEMPERATURES
+    if not (isinstance(temperature, Real) and least <= temperature <= largest):
+        raise InputError(f"{name} must be from {least:g} to {largest:g}, got {temperature!r}")
 
 
 def _generate(

@@ -156,17 +156,33 @@ def test_the_report_draws_them(lapefast, files, tmp_path):
         (["categories", "--examples", "{x}"], "example file"),
         (["sample", "--neurons", "{x}"], "average-precision"),
         (["sample", "--neurons", "{a}", "--labels", "fr"], "no label 'fr'"),
-        (["sample", "--neurons", "{a}", "--temperature", "0"], "temperature must be over 0"),
-        (["report", "--matrix", "{p}"], "the other way"),
-        (["report", "--sampled", "{p}"], "sampling file"),
-        (["report", "--categories", "{p}"], "deactivation file"),
+        (["sample", "--neurons", "{n}"], "give a profile by --profile"),
+        *(
+            (["sample", "--neurons", "{a}", "--temperature", one], "--temperature must be from 0.0")
+            for one in ("0", "1e-300", "inf", "nan")
+        ),
+        *(
+            (["sample", "--neurons", "{a}", *languages], said)
+            for languages, said in (
+                (["--language", "en=klingon"], "no language that can be identified; the codes are"),
+                (["--language", "fr=fr"], "says what 'fr' is, but the labels are en, zh"),
+                (["--language", "en=en", "--language", "en=fr"], "is en and that it is fr"),
+            )
+        ),
+        (["prune", "--experts", "{x}", "--corpus", "en=t", "--labels", ""], "label ''"),
+        (["report", "--matrix", "{p}"], "not what --matrix takes but what --pruning does"),
+        (["report", "--sampled", "{p}"], "give it by --pruning"),
+        (["report", "--categories", "{s}"], "give it by --sampled"),
+        (["report", "--neurons", "{x}"], "give it by --experts"),
+        (["report", "--experts", "{a}"], "it is not an experts file"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(
     lapefast, files, tmp_path, monkeypatch, arguments, said
 ):
     monkeypatch.setattr("lapefast.engines.transformers.load_model", None)
-    paths = {"x": files / "x.safetensors", "a": files / "a.safetensors", "p": files / "p.json"}
+    paths = {one.stem: one for one in files.iterdir()}
+    paths |= {one.stem: one for one in files.glob("*.safetensors")}
     command, *options = [one.format(**paths) for one in arguments]
     model = [] if command == "report" else ["some-model"]
     result = lapefast(command, *model, *options, "-o", tmp_path / "out")

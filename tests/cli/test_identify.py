@@ -83,6 +83,7 @@ def test_sharing_reads_parallel_examples(lapefast, made, tmp_path):
         (["--seq-len", "9"], "LAPE reads a profile and no text"),
         (["--dtype", "float32"], "LAPE loads no model"),
         (["--details", "d.json"], "measures nothing beside its neurons"),
+        ([*PLND, "--details", "d.json"], "read mean_scores of what lapefast.detect.plnd returns"),
         (["--method", "plnd", "--top-rate", "0.1"], "--top-rate is an option of lape"),
         (["--method", "sharing", "--experts", "4"], "--experts is an option of experts"),
         (["--method", "sharing"], "give them by --examples"),

@@ -8,6 +8,7 @@ import pytest
 
 import lapefast as lf
 from lapefast.evaluate import perplexity_matrix
+from lapefast.evaluate.sweep import Sweep, SweepRow
 
 LABELS = ("en", "zh")
 
@@ -78,24 +79,40 @@ def test_two_files_of_one_name_are_told_apart(lapefast, files, tmp_path):
     [
         ([], "give a profile or neurons"),
         (["--profile", "nowhere"], "cannot read the profile nowhere"),
-        (["--neurons", "{p}"], "neuron file"),
-        (["--matrix", "{p}"], "matrix file"),
-        (["--sweep", "{n}"], "not a sweep file"),
-        (["--experts", "{p}"], "it is not"),
-        (["--sharing", "{n}"], "not a sharing file"),
+        (["--neurons", "{p}"], "is not what --neurons takes but what --profile does"),
+        (["--matrix", "{p}"], "give it by --profile"),
+        (["--sweep", "{n}"], "give it by --neurons"),
+        (["--pruning", "{m}"], "is not what --pruning takes but what --matrix does"),
+        (["--experts", "{p}"], "give it by --profile"),
+        (["--sharing", "{other}"], "not a sharing file"),
+        (["--matrix", "{cut}"], "the matrix file {cut} is not one of lapefast's, or is cut short"),
         (["--neurons", "{n}", "--language", "en"], "--language must be LABEL=CODE"),
         (["--neurons", "{n}", "--language", "english=en"], "give one by --sweep"),
         (["--neurons", "{n}", "--figures", "{n}"], "give a directory"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(lapefast, files, tmp_path, arguments, said):
-    paths = {"p": files / "p.safetensors", "n": files / "n.json"}
+    paths = {"p": files / "p.safetensors", "n": files / "n.json", "m": files / "matrix.json"}
+    paths |= {"other": files / "other", "cut": files / "cut"}
+    paths["other"].write_text("{}")
+    paths["cut"].write_bytes(paths["m"].read_bytes()[:-9])
     given = [one.format(**paths) for one in arguments]
     result = lapefast("report", *given, "-o", tmp_path / "report.html")
     assert result.code == 2
-    assert said in result.err
+    assert said.format(**paths) in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_language_of_a_label_that_a_sweep_lacks_is_refused(lapefast, tmp_path):
+    kinds = (("unedited", None), ("edited", "zh"))
+    rows = [SweepRow("en", to, kind, None, "p", "t", [1], "en", 1.0) for kind, to in kinds]
+    pair, codes = ("en", "zh"), {"en": "en", "zh": "zh"}
+    Sweep([pair], rows, {pair: 0}, codes, {"random_sets": 0}).save(tmp_path / "s")
+    given = ["--sweep", tmp_path / "s", "--language", "fr=fr", "-o", tmp_path / "report.html"]
+    result = lapefast("report", *given)
+    assert result.code == 2
+    assert "--language says what 'fr' is, but the labels are en, zh" in result.err
 
 
 def test_a_page_that_could_not_be_written_is_refused_first(lapefast, tmp_path):

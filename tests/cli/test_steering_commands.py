@@ -201,6 +201,30 @@ def test_sweep_takes_prompts_and_languages_of_labels_of_any_name(lapefast, made,
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--strength", 2], "--strength is for DiffMean, which reads texts; give --corpus too"),
+        (["--shift-layer", 1], "--shift-layer is for DiffMean"),
+        (["--seq-len", 32], "--seq-len is for DiffMean"),
+        (["--max-tokens", 32], "--max-tokens is for DiffMean"),
+        (["--document", "file"], "--document is for DiffMean"),
+        (["--field", "body"], "--field is for DiffMean"),
+        (["--no-special-tokens"], "--no-special-tokens is for DiffMean"),
+        (["--language", "en=klingon"], "the code 'klingon' of label 'en' is of no language"),
+        (["--language", "ja=ja"], "says what 'ja' is, but the labels are en, zh"),
+        (["--language", "en=en", "--language", "en=fr"], "says that 'en' is en and that it is fr"),
+    ],
+)
+def test_sweep_refuses_options_that_would_do_nothing(
+    lapefast, made, files, tmp_path, monkeypatch, options, said
+):
+    monkeypatch.setattr("lapefast.engines.transformers.load_model", None)
+    command = ["sweep", *model_of(made, files), "--profile", files / "profile", "--pair", "en=zh"]
+    refused(lapefast(*command, *options, "-o", tmp_path / "sweep.jsonl"), said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sweep_refuses_a_label_without_neurons(lapefast, made, files, tmp_path):
     (tmp_path / "prompts").write_text(json.dumps({"label": "none", "prompt": "Kenya"}))
     result = lapefast(
@@ -329,7 +353,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
         ([], "there is no prompt"),
         (["--prompt", ""], "there is no prompt"),
         (["--prompts", "absent"], "absent: no such file"),
-        (["--prompt", "x", "--sample", "--temperature", 0], "--temperature"),
+        (["--prompt", "x", "--sample", "--temperature", 0], "--temperature must be from 0.0001"),
+        (["--prompt", "x", "--temperature", 2], "--temperature is for tokens that are drawn"),
         (["--prompt", "x", "--max-new-tokens", 64], "over the model's limit of 64"),
     ],
 )

@@ -334,6 +334,7 @@ def test_a_corpus_argument_is_label_and_source() -> None:
     [
         (["wiki.txt"], "given as label=source, .* got 'wiki.txt'"),
         (["=wiki.txt"], "a label must be a non-empty string"),
+        (["\ud800=wiki.txt"], r"must be strings without lone surrogates, got '\\ud800'"),
         (["en="], "label 'en': there is no source after the ="),
         (["en=a", "zh=b", "en=c"], "label 'en' is given twice, as a and c"),
     ],

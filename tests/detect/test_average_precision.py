@@ -195,7 +195,9 @@ def test_a_nan_is_refused_with_its_unit(dtype, sign, monkeypatch):
         (np.zeros(3), [0, 1, 1], r"got float64 \[3\]"),
         (np.zeros((2, 3), complex), [0, 1, 1], "real numbers"),
         ([["a", "b"]], [0, 1], "real numbers"),
-        ([[1], [1, 2]], [0, 1], "scores must be a tensor or an array"),
+        ([[1], [1, 2]], [0, 1], r"scores must be an array, .* got \[\[1\], \[1, 2\]\]"),
+        (torch.zeros(2, 2).to_sparse(), [0, 1], "dense tensor .* got a torch.sparse_coo tensor"),
+        (torch.zeros(2, 2, dtype=torch.float8_e4m3fn), [0, 1], "tensor of torch.float8_e4m3fn"),
     ],
 )
 def test_other_scores_and_labels_are_refused(scores, labels, message):

@@ -711,6 +711,7 @@ def test_bad_results_and_questions_are_refused(counted):
         ({"label": "de"}, "no experts of label 'de'"),
         ({"label": "en", "top": 0}, "top must be over 0 and at most 1"),
         ({"label": "en", "top": 0.5, "threshold": 0.5}, "either top or threshold"),
+        ({"label": "en", "threshold": "a"}, "threshold must be at least 0 and below 1, got 'a'"),
         ({"label": "en", "threshold": 1.0}, "threshold must be at least 0 and below 1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -801,6 +802,7 @@ def test_bad_pruning_is_refused(layered):
         (("de", 0.1), "no experts of label 'de'"),
         (("en", 0.0), "rate must be over 0 and below 1, got 0.0"),
         (("en", 1.0), "rate must be over 0 and below 1, got 1.0"),
+        (("en", "x"), "rate must be over 0 and below 1, got 'x'"),
         (("en", float("nan")), "rate must be over 0 and below 1, got nan"),
         (("en", 0.1, "released"), "form must be 'frequency' or 'layers'"),
     ):
@@ -862,11 +864,14 @@ def test_a_pruning_matrix_is_saved_and_says_how_it_was_made(found, tmp_path):
     assert torch.equal(again.nll, matrix.nll)
     assert (again.metadata["pruning"], again.metadata["rate"]) == ("frequency", 0.4)
     assert [sum(pruned) for pruned in again.metadata["experts"].values()] == [4, 4, 4]
+    assert "(columns) with experts pruned for a label (rows)" in again._repr_html_()
+    assert list(again.to_pandas()["pruned_for"]) == again.rows
 
 
 def test_bad_choices_are_refused_before_anything_runs(texts, tokenizer):
     for options, message in (
         ({"share": 2.0}, "share must be over 0"),
+        ({"share": "a"}, "share must be over 0 and at most 1, got 'a'"),
         ({"form": "square"}, "form must be one of"),
         ({"experts": 0}, r"layers\.0\.mlp: 52 neurons can be split"),
         ({"max_documents": 0}, "max_documents must be"),

@@ -306,6 +306,8 @@ def test_zones_part_the_layers_and_their_deactivation_is_undone():
     for wrong in ((-1, 0), (2, 9), (1.5, 0)):
         with pytest.raises(InputError):
             zones(found, *wrong)
+    with pytest.raises(InputError, match="neurons must be NeuronSets, got dict"):
+        zones({}, 1, 1)
     with pytest.raises(InputError, match="parts must be"):
         zones(found, 1, 0, parts=("gate",))
 

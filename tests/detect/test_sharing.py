@@ -435,6 +435,7 @@ def test_effective_scores_need_an_embedding():
     [
         ({"threshold": float("nan")}, "thresholds must be finite"),
         ({"thresholds": (0.0, "x")}, "thresholds must be finite"),
+        ({"thresholds": 0.1}, "thresholds must be a list of numbers, got 0.1"),
         ({"values": "up"}, "values must be 'activation' or 'product'"),
         ({"form": "other"}, "form must be 'paper' or 'released'"),
         ({"top": 0}, "top must be an integer of at least 1"),
@@ -457,6 +458,7 @@ def test_bad_arguments_are_refused(options, message):
         ([{"en": "a"}], "at least two, got en"),
         ([{"en": "a"}, {"zh": "b"}], "none of the 2 examples has every label"),
         (["a"], "example 0 must be a dict"),
+        ([{"en": "a", "\ud800": "b"}], "strings without lone surrogates"),
         ([{"en": "a", "zh": ""}], "example 0, label 'zh'"),
         ([{"en": "a", "zh": ("b", "")}], "example 0, label 'zh'"),
         ([{"en": "a", "zh": ("b", "c", "d")}], "example 0, label 'zh'"),

@@ -314,6 +314,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         "[]",
         json.dumps({**json.loads(text), "version": 2}),
         json.dumps({**json.loads(text), "rows": rows}),
+        json.dumps({**json.loads(text), "rows": []}),
     ):
         path.write_text(broken, "utf-8")
         with pytest.raises(InputError, match="the deactivation file"):

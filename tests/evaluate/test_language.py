@@ -49,6 +49,11 @@ def test_a_label_that_is_no_language_is_refused_by_name(label):
         LanguageIdentifier([label, "en"])
 
 
+def test_a_code_that_is_no_language_is_refused_with_those_that_are():
+    with pytest.raises(InputError, match=r"'klingon' of label 'en' .* the codes are .* zh, zu"):
+        LanguageIdentifier(["en"], {"en": "klingon"})
+
+
 def test_among_one_language_every_text_would_be_in_it_so_all_are_considered():
     identify = LanguageIdentifier(["en"])
     assert not identify.restricted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -170,6 +171,24 @@ def test_a_file_that_is_no_matrix_is_refused(model, neurons, texts, tmp_path, sp
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rows": []}, "is damaged: it has no rows; make it again"),
+        ({"columns": []}, "is damaged: it is of no label or of no text"),
+        ({"rows": ["none"]}, "is damaged: it is of no label or of no text"),
+        ({"nll": [[math.nan] * 2] * 3}, "is damaged: a likelihood is not finite"),
+        ({"random_nll": [[math.inf] * 2] * 3}, "is damaged: a likelihood is not finite"),
+    ],
+)
+def test_a_matrix_without_numbers_is_refused(model, neurons, texts, tmp_path, changed, said):
+    path = tmp_path / "matrix.json"
+    perplexity_matrix(model, neurons, texts, progress=False).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(InputError, match=said):
+        PerplexityMatrix.load(path)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
@@ -189,6 +208,11 @@ def test_a_label_named_like_the_unedited_row_is_refused(model, neurons, texts):
     sets = NeuronSets({"none": neurons["en"]}, neurons.layout)
     with pytest.raises(InputError, match="rename it"):
         perplexity_matrix(model, sets, texts, progress=False)
+
+
+def test_no_label_at_all_is_refused(model, neurons, texts):
+    with pytest.raises(InputError, match="a matrix needs a label"):
+        perplexity_matrix(model, NeuronSets({}, neurons.layout), texts, progress=False)
 
 
 def test_neurons_of_another_model_are_refused(model, neurons, texts):

@@ -8,6 +8,7 @@ import torch
 import lapefast as lf
 from lapefast import demo
 from lapefast.errors import InputError
+from lapefast.evaluate import SampledLanguages
 from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.neurons import Layout
 
@@ -100,8 +101,15 @@ def test_values_of_any_method_can_be_set(made):
     empty = lf.NeuronSets({"en": {}}, sets.layout)
     with pytest.raises(InputError, match="no neurons"):
         lf.evaluate.sampled_languages(made.model, made.tokenizer, empty, values, **OPTIONS)
-    for wrong in ({"samples": 0}, {"temperature": 0}, {"random_sets": -1}):
-        with pytest.raises(InputError):
+    wrong_temperatures = [{"temperature": one} for one in (0, 1e-300, float("inf"), "warm")]
+    for wrong in ({"samples": 0}, {"random_sets": -1}, *wrong_temperatures):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} must be"):
             lf.evaluate.sampled_languages(
                 made.model, made.tokenizer, sets, values, **{**OPTIONS, **wrong}
             )
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    SampledLanguages([]).save(tmp_path / "s.json")
+    with pytest.raises(InputError, match="the sampling file .* it has no rows"):
+        SampledLanguages.load(tmp_path / "s.json")

@@ -151,6 +151,8 @@ def test_a_saved_result_says_the_same(tmp_path):
         ({"overlaps": [[[2.0] * 3] * 3]}, "an overlap is not between 0 and 1"),
         ({"overlaps": [[[1.0] * 2] * 3]}, "overlaps are missing"),
         ({"labels": ["en"]}, "labels are missing"),
+        ({"labels": [], "neurons": []}, "labels are missing"),
+        ({"tokens": [1, 2]}, "tokens are missing"),
         ({"format": "something"}, "not a stability file; give one made by `lapefast stability`"),
         ({"version": 2}, "version 2"),
     ],

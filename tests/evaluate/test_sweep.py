@@ -332,7 +332,7 @@ def test_the_model_is_left_as_it_was(model, neurons, profile):
         ({"max_new_tokens": 32}, "over the model's limit of 32"),
         ({"batch_size": 0}, "batch_size"),
         ({"where": "nowhere"}, "where must be"),
-        ({"languages": {"zh": "klingon"}}, "'zh' is no language"),
+        ({"languages": {"zh": "klingon"}}, "the code 'klingon' of label 'zh'"),
     ],
 )
 def test_bad_arguments_are_refused(model, neurons, profile, change, message):

@@ -52,7 +52,7 @@ def test_a_file_without_settings_is_read_and_summed_up(path, found):
     assert pair.edited.perplexity == pytest.approx(math.e, rel=1e-15)
     (pair,) = Sweep.load(path, {"zh": "fr"}).summary()
     assert pair.edited.share == 0
-    with pytest.raises(InputError, match="'zh' is no language"):
+    with pytest.raises(InputError, match="'nothing' of label 'zh' is of no language"):
         Sweep.load(path, {"zh": "nothing"})
 
 
@@ -66,6 +66,7 @@ def test_a_file_without_settings_is_read_and_summed_up(path, found):
         (lambda lines: lines[1:2], "not a sweep file"),  # unedited alone
         (lambda lines: [*lines[:-1], lines[-1][:-9]], "not a sweep file"),
         (lambda lines: [lines[0].replace("overlaps", "over"), *lines[1:]], "not a sweep file"),
+        (lambda lines: [json.dumps(json.loads(lines[0]) | {"pairs": []})], "not a sweep file"),
         (lambda lines: lines[:-1], "lacks generations"),
         (lambda lines: lines[:1], "lacks generations"),
         (lambda lines: lines[2:3], "lacks generations"),

@@ -117,7 +117,7 @@ def test_results_of_two_models_are_refused():
         lf.compare(sets, other)
     with pytest.raises(InputError, match="two models"):
         lf.compare(sets, NeuronSets({"en": {}}, Layout(LAYOUT.sites, {"layers.0.mlp": 17})))
-    with pytest.raises(InputError, match="known by position"):
+    with pytest.raises(InputError, match="one result knows its 3 sites by position only"):
         lf.compare(sets, NeuronSets({"en": {}}, Layout((0, 1, 2))))
     with pytest.raises(InputError, match="got dict"):
         lf.compare(sets, {"en": {}})

@@ -39,6 +39,7 @@ def test_edits_come_back_bit_for_bit(file):
         ({"x": "no edit"}, None, "at least one edit"),
         ({"none": OFF}, None, "other than 'none'"),
         ({" ": OFF}, None, "other than 'none'"),
+        ({"\ud800": OFF}, None, "strings without lone surrogates"),
         ({"x": OFF}, "y", "none of the file's: x"),
         ({"x": OFF}, ["x"], "none of the file's: x"),
         ({"x": scale({"a": [1]}, 2.0)}, None, "not bound to a model"),

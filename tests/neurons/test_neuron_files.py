@@ -160,6 +160,15 @@ def test_saving_as_pth_writes_the_published_form(tmp_path, neurons):
     assert [layer.tolist() for layer in loaded.layers("中文")] == [[], [5]]
 
 
+def test_without_a_suffix_the_content_says_what_a_file_is(tmp_path, neurons):
+    neurons.save(tmp_path / "llama-70b")
+    assert NeuronSets.load(tmp_path / "llama-70b") == neurons
+    neurons.save(tmp_path / "x.pth")
+    (tmp_path / "x.pth").rename(tmp_path / "llama-70b")
+    loaded = NeuronSets.load(tmp_path / "llama-70b", labels=neurons.labels)
+    assert loaded.metadata["method"] == "published file"
+
+
 def test_published_indices_may_be_int32_unsorted_or_empty_of_any_type(tmp_path):
     layers = [torch.tensor([5, 2], dtype=torch.int32), torch.tensor([]), [3, 1]]
     torch.save([layers], tmp_path / "x.pth")
@@ -195,6 +204,9 @@ def test_a_missing_file_and_a_file_of_another_kind_are_refused(tmp_path):
     (tmp_path / "text").write_text("neither")
     with pytest.raises(InputError, match="not JSON, so taken for a published one"):
         NeuronSets.load(tmp_path / "text")
+    (tmp_path / "sealed").write_bytes(b"12345678{")
+    with pytest.raises(InputError, match="safetensors file, which holds what a method measured"):
+        NeuronSets.load(tmp_path / "sealed")
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.pth"])

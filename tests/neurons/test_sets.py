@@ -65,9 +65,10 @@ def test_indices_that_cannot_be_neurons_are_refused_by_site(indices, message):
         NeuronSet({"a": indices}, "en", LAYOUT)
 
 
-def test_a_label_that_is_no_text_is_refused():
-    with pytest.raises(InputError, match="labels must be strings, got 1"):
-        NeuronSets({1: {"a": [1]}}, LAYOUT)
+@pytest.mark.parametrize("label", [1, "\ud800", "a\udfff"])
+def test_a_label_that_no_file_can_hold_is_refused(label):
+    with pytest.raises(InputError, match="must be strings without lone surrogates, got"):
+        NeuronSets({label: {"a": [1]}}, LAYOUT)
 
 
 def test_a_site_that_the_layout_lacks_is_refused():

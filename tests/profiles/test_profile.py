@@ -121,6 +121,7 @@ def test_the_example_that_the_next_test_breaks_is_right():
         ("labels", [], "needs labels"),
         ("labels", ["en", "en"], "must be distinct"),
         ("labels", ["en", 1], "labels that are strings"),
+        ("labels", ["en", "\udc80"], "strings without lone surrogates"),
         ("sites", [], "needs sites"),
         ("sites", [Site("a", 3, "SiLU")] * 2, "distinct names"),
         ("sites", [Site("a", 4, "SiLU")], r"counts of site a must be .* \[2, 4\], got .* \[2, 3\]"),

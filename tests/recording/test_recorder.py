@@ -190,6 +190,7 @@ def test_nothing_recorded_is_an_error(llama, how):
         ({"labels": []}, "labels must be a list of names"),
         ({"labels": "en"}, "labels must be a list of names"),
         ({"labels": ["en", "en"]}, "labels must differ"),
+        ({"labels": ["en", "\ud800"]}, "strings without lone surrogates"),
         ({"statistics": ("means",)}, "statistics must be some of .*'means'"),
         ({"statistics": ()}, "statistics must be some of"),
         ({"threshold": float("nan")}, "threshold must be a number"),

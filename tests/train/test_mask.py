@@ -148,6 +148,8 @@ def test_what_does_not_fit_is_refused():
         lf.train.neuron_mask(model, {"no_such": [0]})
     with pytest.raises(InputError):
         lf.train.neuron_mask(model, {})
+    with pytest.raises(InputError, match=r"from site name to indices, .* got the keys \[0\]"):
+        lf.train.neuron_mask(model, {0: [1]})
     assert all(one.requires_grad for one in model.parameters())
     tied = by_name("llama").build()
     tied.model.layers[0].mlp.down_proj.weight = tied.model.layers[1].mlp.down_proj.weight

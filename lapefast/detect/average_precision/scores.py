@@ -177,13 +177,17 @@ def _run_ends(last: np.ndarray) -> np.ndarray:
 
 def _array(values: Any, what: str) -> np.ndarray:
     """As an array, without a copy; half precision that NumPy does not know as float32."""
+    tensor = isinstance(values, Tensor)
     try:
-        if isinstance(values, Tensor):
+        if tensor:
             values = values.detach().cpu()
             return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
         return values if isinstance(values, np.ndarray) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{what} must be a tensor or an array, got {values!r:.60}") from error
+        form = f"a {values.layout} tensor of {values.dtype}" if tensor else f"{values!r:.60}"
+        raise InputError(
+            f"{what} must be an array, or a dense tensor of a dtype that NumPy knows, got {form}"
+        ) from error
 
 
 def give_back(scores: np.ndarray) -> None:

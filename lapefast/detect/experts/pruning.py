@@ -6,6 +6,7 @@ or folded into the weights by `lapefast.fold`.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -51,8 +52,8 @@ def pruned_experts(
         InputError: there is no such label, the rate is out of range, or the form is unknown.
     """
     frequency = experts.of_label(label).numpy()
-    if not 0 < rate < 1:
-        raise InputError(f"rate must be over 0 and below 1, got {rate}")
+    if not (isinstance(rate, Real) and 0 < rate < 1):
+        raise InputError(f"rate must be over 0 and below 1, got {rate!r}")
     count = round(rate * frequency.size)
     if form == "frequency":
         return torch.from_numpy(_least(frequency.ravel(), count).reshape(frequency.shape))

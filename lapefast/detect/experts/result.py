@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from lapefast import display
 from lapefast.detect.experts.families import language_family
 from lapefast.detect.experts.hierarchy import leaf_order
 from lapefast.errors import InputError
+from lapefast.labels import check_names
 from lapefast.neurons import Layout, NeuronSet, NeuronSets
 from lapefast.sealed import SealedFile
 
@@ -55,6 +57,7 @@ class Experts:
     ) -> None:
         if not labels or len(set(labels)) < len(labels):
             raise InputError(f"experts need distinct labels, got {list(labels)}")
+        check_names(labels)
         shape = len(labels), len(clusters)
         if chosen.dtype != torch.int64 or chosen.dim() != 3 or chosen.shape[:2] != shape:
             raise InputError(
@@ -132,8 +135,8 @@ class Experts:
             return highest_share(frequency, share)
         if top is not None:
             raise InputError(f"give either top or threshold, got {top} and {threshold}")
-        if not 0 <= threshold < 1:
-            raise InputError(f"threshold must be at least 0 and below 1, got {threshold}")
+        if not (isinstance(threshold, Real) and 0 <= threshold < 1):
+            raise InputError(f"threshold must be at least 0 and below 1, got {threshold!r}")
         return frequency > threshold
 
     def shared(self, labels: Sequence[str] | None = None, **which: float) -> Tensor:
@@ -299,8 +302,8 @@ def highest_share(frequency: Tensor, share: float) -> Tensor:
 
 def check_share(share: float, name: str) -> None:
     """Raises InputError unless the share is over 0 and at most 1."""
-    if not 0 < share <= 1:
-        raise InputError(f"{name} must be over 0 and at most 1, got {share}")
+    if not (isinstance(share, Real) and 0 < share <= 1):
+        raise InputError(f"{name} must be over 0 and at most 1, got {share!r}")
 
 
 def _arguments(about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, ...]:

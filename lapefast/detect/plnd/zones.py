@@ -43,6 +43,8 @@ def zones(
     """
     if isinstance(parts, str) or not set(parts) <= set(get_args(_Part)) or not parts:
         raise InputError(f"parts must be some of ffn and attention, got {parts!r}")
+    if not isinstance(neurons, NeuronSets):
+        raise InputError(f"neurons must be NeuronSets, got {type(neurons).__name__}")
     layers = {site: _layer(site) for site in neurons.sites}
     count = max(layers.values(), default=-1) + 1
     for name, value in (("understanding", understanding), ("generation", generation)):

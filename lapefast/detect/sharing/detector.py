@@ -93,7 +93,10 @@ def sharing(
             are not finite; for attribution where a last projection's weight is not dense, or an
             embedding is not there or of another size than the residual stream.
     """
-    every = [_number(one, "thresholds") for one in (threshold, *thresholds)]
+    try:
+        every = [_number(one, "thresholds") for one in (threshold, *thresholds)]
+    except TypeError as error:
+        raise InputError(f"thresholds must be a list of numbers, got {thresholds!r}") from error
     _check(values, form, top, batch_size)
     parallel = read_examples(examples, tokenizer, model)
     labels, notes = parallel.labels, parallel.notes

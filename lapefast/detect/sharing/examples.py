@@ -14,6 +14,7 @@ from torch import nn
 
 from lapefast.errors import InputError
 from lapefast.files import existing_file
+from lapefast.labels import check_names
 from lapefast.models.inputs import context_limit, vocabulary_size
 
 __all__ = [
@@ -137,6 +138,7 @@ def parallel_texts(examples: Examples) -> tuple[list[str], list[dict[str, _Text]
         )
     texts = [_texts(example, f"example {number}") for number, example in enumerate(given)]
     labels = list(dict.fromkeys(label for example in texts for label in example))
+    check_names(labels)
     if len(labels) < 2:
         raise InputError(
             "sharing compares labels, so examples need at least two, got "

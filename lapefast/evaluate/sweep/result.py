@@ -109,6 +109,8 @@ class Sweep:
                 found = _without_settings(_rows([first, *others]), languages)
             elif (first["format"], first["version"]) == (_FORMAT, _VERSION):
                 pairs = [(source, target) for source, target in first["pairs"]]
+                if not pairs:
+                    raise ValueError("it holds no pairs")
                 overlaps = dict(zip(pairs, first["overlaps"], strict=True))
                 rows = _rows(others)
                 codes = first["codes"] | dict(languages or {})
