@@ -165,7 +165,7 @@ AT_THE_START: dict[str, tuple[Callable[[Path], Any], str]] = {
         "t.npy.gz must be given alone, not compressed or beside other files",
     ),
     "an array beside text": (
-        lambda p: [Path(put(p, "a.txt", LINES)), Path(put(p, "t.npy", b"\x93NUMPY"))],
+        lambda p: [Path(put(p, "t.npy", b"\x93NUMPY")), Path(put(p, "t.txt", LINES))],
         "t.npy must be given alone",
     ),
     "not JSON": (
