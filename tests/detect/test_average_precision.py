@@ -467,13 +467,15 @@ def test_a_full_disk_is_told_before_the_pass(monkeypatch):
         find(model)
 
 
-def test_a_file_that_cannot_grow_is_told(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_that_cannot_grow_is_told(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot write the means of a text to .*too large"):
-            find(shared("llama"), tmp_path / "means")
+        with pytest.raises(InputError, match="cannot write the means of texts to .*too large"):
+            find(shared("llama"), tmp_path / "means" if kept else None, batch_size=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
