@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -104,13 +106,28 @@ def test_an_engines_options(lapefast, made, tmp_path, monkeypatch, options, said
     assert not output.exists()
 
 
-def test_quantisation_without_its_library(lapefast, made, tmp_path, monkeypatch):
+def test_vllm_in_processes_of_torchruns(lapefast, made, tmp_path, monkeypatch):
+    profile = importlib.import_module("lapefast.cli.profile")
+    monkeypatch.setattr(profile, "process_group", lambda: nullcontext("two processes"))
+    output = tmp_path / "p.safetensors"
+    corpus = f"en={made.train['en']}"
+    options = ("--engine", "vllm", "-o", output)
+    result = lapefast("profile", made.directory, "--corpus", corpus, *options)
+    refused(result, "vLLM starts its own processes: run the command without torchrun")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "library"),
+    [(("--quantization", "4bit"), "bitsandbytes"), (("--device-map", "auto"), "accelerate")],
+)
+def test_an_option_without_its_library(lapefast, made, tmp_path, monkeypatch, options, library):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     result = lapefast(
         *("profile", made.directory, "--corpus", f"en={made.train['en']}"),
-        *("--quantization", "4bit", "-o", tmp_path / "p.safetensors"),
+        *(*options, "-o", tmp_path / "p.safetensors"),
     )
-    refused(result, "bitsandbytes")
+    refused(result, f"pip install {library}")
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "directory", "broken"])

@@ -160,6 +160,14 @@ AT_THE_START: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: put(p, "t.txt", "ok\n語".encode()[:-1]),
         "t.txt, line 2: not UTF-8",
     ),
+    "a compressed array": (
+        lambda p: put(p, "t.npy.gz", gzip.compress(b"\x93NUMPY")),
+        "t.npy.gz must be given alone, not compressed or beside other files",
+    ),
+    "an array beside text": (
+        lambda p: [Path(put(p, "t.npy", b"\x93NUMPY")), Path(put(p, "t.txt", LINES))],
+        "t.npy must be given alone",
+    ),
     "not JSON": (
         lambda p: put(p, "t.jsonl", b'{"text": "a"}\n{"text": \n'),
         "t.jsonl, line 2: not JSON",

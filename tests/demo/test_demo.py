@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LAPEFAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="set LAPEFAST_CACHE"):
+        demo.load(progress=False, recipe=TINY)
+
+
+def test_an_entry_that_cannot_be_read_back_is_named(cache, monkeypatch):
+    # The file's digest as it is written, and another when it is read: a disk that loses writes.
+    digests = itertools.count()
+    monkeypatch.setattr("lapefast.demo.cache._digest", lambda path: str(next(digests)))
+    with pytest.raises(InputError, match=rf"was written to {cache}.* cannot be read from there"):
         demo.load(progress=False, recipe=TINY)
 
 

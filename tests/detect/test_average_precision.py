@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -465,6 +467,21 @@ def test_a_full_disk_is_told_before_the_pass(monkeypatch):
     model.model.forward = None  # not reached
     with pytest.raises(InputError, match="GiB free; make room"):
         find(model)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_that_cannot_grow_is_told(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write the means of texts to .*too large"):
+            find(shared("llama"), tmp_path / "means" if kept else None, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_leaves_the_model_as_it_was(tmp_path, monkeypatch):

@@ -192,8 +192,36 @@ def test_ffns_alone_need_no_attention():
             model, None, CORPORA, kinds=("ffn",), top=5, batch_size=2, progress=False
         )
         assert {kind for kind, _ in found.mean_scores["en"]} == {"ffn"}
-    with pytest.raises(InputError, match="could be scored"):
-        lf.detect.plnd(by_name("bloom").build(), None, CORPORA, top=5, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "message"),
+    [
+        ("bloom", ("ffn", "query_key", "value"), "gave no scores of query_key, value; leave these"),
+        ("bloom", ("value",), "no self-attention of BloomModel was seen"),
+        ("t5-v1.1", ("ffn", "value"), r'models of one stack.*take kinds=\("ffn",\)'),
+    ],
+)
+def test_attentions_that_cannot_be_scored_are_refused(name, kinds, message):
+    with pytest.raises(InputError, match=message):
+        lf.detect.plnd(by_name(name).build(), None, CORPORA, kinds, top=5, progress=False)
+
+
+def test_documents_are_refused_whose_pass_runs_other_layers_or_gives_no_numbers():
+    model = by_name("llama").build()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] = torch.nan
+
+    def shorten(module, given, options):
+        model.config.num_hidden_layers = 1 if options["input_ids"][0, 0] == 2 else 2
+
+    model.model.register_forward_pre_hook(shorten, with_kwargs=True)
+    corpora = {"en": [[5, 6, 7], [2, 8, 9], [5, 1, 7]], "zh": [[7, 8], [9, 10]]}
+    found = lf.detect.plnd(model, None, corpora, ("value",), top=5, batch_size=1, progress=False)
+    assert [(one["document"], one["reason"]) for one in found.metadata["failed"]] == [
+        (1, "LlamaModel scored other neurons than of the documents before"),
+        (2, "layers.0.self_attn: scores of value are not finite (NaN or infinite)"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "t5-v1.1"])
@@ -310,6 +338,9 @@ def test_zones_part_the_layers_and_their_deactivation_is_undone():
         zones({}, 1, 1)
     with pytest.raises(InputError, match="parts must be"):
         zones(found, 1, 0, parts=("gate",))
+    flat = lf.NeuronSets({"en": {"mlp": [0]}}, lf.neurons.Layout(("mlp",)))
+    with pytest.raises(InputError, match="the site mlp is in no numbered layer"):
+        zones(flat, 0, 0)
 
 
 def test_it_is_kept_as_other_neuron_sets_are(tmp_path):

@@ -408,6 +408,13 @@ def test_values_that_are_not_finite_are_refused_by_site():
         sharing(model, Characters(), EXAMPLES, progress=False)
 
 
+def test_an_ffn_that_does_not_run_is_refused_by_site():
+    model = by_name("llama").build()
+    model.config.num_hidden_layers = 1
+    with pytest.raises(InputError, match=r"layers\.1\.mlp: this FFN did not run on the text"):
+        sharing(model, Characters(), EXAMPLES, progress=False)
+
+
 def test_attribution_refuses_weights_that_are_not_dense():
     import peft
 

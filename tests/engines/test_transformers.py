@@ -52,6 +52,18 @@ def test_the_dtype_is_the_checkpoints_or_as_asked(tmp_path):
     assert load_model(checkpoint, "float32", "cpu").dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of auto, .*, got 'int8'"),
+        ({"quantization": "2bit"}, "quantization must be one of 4bit, 8bit, got '2bit'"),
+    ],
+)
+def test_a_precision_that_is_none_is_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        load_model(Checkpoint(str(tmp_path)), device="cpu", **options)
+
+
 def test_weights_that_are_cut_short_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL)).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -220,3 +220,10 @@ def test_neurons_of_another_model_are_refused(model, neurons, texts):
         model.model.layers[0].mlp.down_proj.weight.add_(1)
     with pytest.raises(InputError, match="fingerprint"):
         perplexity_matrix(model, neurons, texts, progress=False)
+
+
+def test_a_likelihood_that_is_not_finite_is_refused_by_its_label(model, neurons, texts):
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("inf")  # behind every FFN, so that no site is to blame
+    with pytest.raises(InputError, match="text of label 'en' is not finite"):
+        perplexity_matrix(model, neurons, texts, progress=False)

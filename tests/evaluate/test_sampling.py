@@ -107,6 +107,19 @@ def test_values_of_any_method_can_be_set(made):
             lf.evaluate.sampled_languages(
                 made.model, made.tokenizer, sets, values, **{**OPTIONS, **wrong}
             )
+    with pytest.raises(InputError, match="neurons must be NeuronSets, got dict"):
+        lf.evaluate.sampled_languages(made.model, made.tokenizer, dict(sets), values, **OPTIONS)
+
+
+def test_a_tokenizer_that_begins_no_text_is_refused(made, monkeypatch):
+    class Words:
+        def __call__(self, text):
+            return {"input_ids": []}
+
+    monkeypatch.setattr(made.model.config, "bos_token_id", None)
+    sets = lf.NeuronSets({"en": {"layers.0.mlp": [1]}}, Layout(("layers.0.mlp",)))
+    with pytest.raises(InputError, match="Words has no token that begins a text"):
+        lf.evaluate.sampled_languages(made.model, Words(), sets, **OPTIONS)
 
 
 def test_a_file_without_rows_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from families import shared
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -387,6 +388,15 @@ def test_continuations_end_where_the_text_ends(model):
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(InputError, match="prompt 1 is empty"):
         continuations(model, [([3], None), ([], None)], max_new_tokens=2, progress=False)
+
+
+def test_what_continues_no_text_is_refused(model):
+    for other, message in (
+        (model.model, "LlamaModel has no generate"),
+        (shared("t5-v1.1"), "T5ForConditionalGeneration is an encoder-decoder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            continuations(other, [([3], None)], max_new_tokens=2, progress=False)
 
 
 def test_of_each_adds_up_to_the_likelihood_of_the_rows(model):

@@ -107,6 +107,8 @@ def look(found, path, dtype, plan, corpora, state):
         refused(lambda: watching_products(model, None).__enter__()),
         refused(lambda: lf.steer(model, lf.deactivate({"layers.0.self_attn.o_proj": [0]}))),
     ]
+    world = distributed.group.WORLD
+    found["text too"] = refused(lambda: lf.profile(model, corpora, process_group=world))
     if gate[site][0].shape[1] < width:  # else both processes would have to be spoilt
         spoil(model)
         found["not finite"] = refused(lambda: lf.profile(model, corpora, progress=False))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import mixtures
 import pytest
 import torch
 import transformers
 from families import IDS, by_name
+from mixtures import needs_5
+from torch import nn
 from transformers import AttentionInterface
 
 from lapefast.errors import InputError
@@ -144,3 +147,29 @@ def test_models_are_watched_at_once_and_end_in_any_order():
     layers = models[0].config.num_hidden_layers
     assert [len(one) for one in seen] == [layers, layers]
     assert dict(AttentionInterface._global_mapping) == table
+
+
+@needs_5
+def test_an_attention_with_sinks_is_refused_by_name():
+    model = mixtures.by_name("GptOssForCausalLM").build()
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn has sinks, .* leave the kinds"):
+        watched(model)
+
+
+def test_an_eager_attention_of_its_own_is_refused():
+    class Own(nn.Module):
+        def forward(self, hidden_states, **_):
+            rows = hidden_states[:, None]
+            attend = AttentionInterface._global_mapping["eager"]  # as while it is watched
+            return attend(self, rows, rows, rows)
+
+    model = by_name("llama").build()
+    model.set_attn_implementation("eager")
+    model.model.layers[0].self_attn = Own()
+    with pytest.raises(InputError, match='Own has an eager attention of its own.*="sdpa"'):
+        watched(model)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(InputError, match="Embedding has no linear layers"):
+        find_linears(nn.Embedding(3, 3))

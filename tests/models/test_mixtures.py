@@ -399,6 +399,44 @@ def test_experts_that_do_not_apply_their_gate_are_an_error(mixtral):
         lf.record(mixtral, ["a"])
 
 
+@torch.no_grad()
+def test_experts_that_activate_more_than_the_gate_are_refused(mixtral):
+    experts = mixtral.model.layers[0].mlp.experts
+    experts._apply_gate = lambda gate_up: experts.act_fn(*gate_up.chunk(2, dim=-1))
+    mixtral.set_experts_implementation("batched_mm")
+    with pytest.raises(InputError, match=r"layers.0.mlp.experts gives its activation module more"):
+        lf.record(mixtral, ["a"])
+
+
+@torch.no_grad()
+def test_an_activation_of_rows_that_nobody_routed_is_refused(mixtral):
+    with lf.record(mixtral, ["a"]) as recorder:
+        recorder.set(label="a")
+        mixtral(IDS)
+        with pytest.raises(InputError, match="applied its gate to rows that were not routed$"):
+            mixtral.model.layers[0].mlp.experts.act_fn(torch.zeros(1, WIDTH))
+
+
+@torch.no_grad()
+def test_a_token_that_goes_to_one_expert_twice_is_refused(mixtral):
+    def first_alone(module, given, output):
+        logits, weights, chosen = output
+        return logits, weights, chosen[:, :1].repeat(1, 2)
+
+    mixtral.model.layers[1].mlp.gate.register_forward_hook(first_alone)
+    with pytest.raises(InputError, match=r"layers.1.mlp.experts routes a token to an expert twice"):
+        lf.record(mixtral, ["a"])
+
+
+@torch.no_grad()
+def test_experts_that_see_other_tokens_than_the_models_are_refused(mixtral):
+    mixtral.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, given: tuple(one[:5] for one in given)
+    )
+    with pytest.raises(InputError, match=r"experts saw 5 tokens where the model's input has 16"):
+        lf.record(mixtral, ["a"])
+
+
 def test_experts_that_are_split_over_processes_are_refused(mixtral):
     mixtral.model.layers[1].mlp.experts._is_expert_parallel = True
     with pytest.raises(InputError, match=r"layers.1.mlp.experts .* can't handle"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -306,6 +307,62 @@ def test_an_activation_that_is_shared_is_not_handled_where_it_stands(llama, posi
     owner.forward = types.MethodType(lambda self, x: type(self).forward(self, x), owner)
     before = plain.attributes(llama)
     with pytest.raises(InputError, match=f"layers.{position}.mlp shares its activation module"):
+        lf.record(llama, ["a"])
+    plain.assert_untouched(before, llama)
+
+
+def test_an_activation_that_plain_ffns_share_is_refused():
+    model = by_name("gpt2").build()
+    first, second = (layer.mlp for layer in model.transformer.h)
+    second.act = first.act
+    with pytest.raises(InputError, match="h.0.mlp and h.1.mlp of .* share one activation module"):
+        lf.record(model, ["a"])
+
+
+def test_an_activation_that_is_a_function_is_refused():
+    model = by_name("gpt2").build()
+    ffn = model.transformer.h[1].mlp
+    del ffn.act
+    ffn.act = torch.nn.functional.gelu
+    with pytest.raises(InputError, match=r"h.1.mlp \(GPT2MLP\) calls its activation as a function"):
+        lf.record(model, ["a"])
+
+
+def test_an_activation_wider_than_the_last_projection_is_refused_by_name(llama):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(32, 80), nn.SiLU(), nn.Linear(40, 32)
+
+        def forward(self, hidden):
+            gate, up = self.act(self.fc1(hidden)).chunk(2, dim=-1)
+            return self.fc2(gate * up)
+
+    llama.model.layers[1].mlp = Gated()
+    with pytest.raises(InputError, match=r"layers.1.mlp: expected .* width 40, got \[2, 8, 80\]"):
+        lf.record(llama, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (1.0, "layers.1.mlp: the placed forward differs from LlamaMLP's own"),
+        (0.0, "layers.1.mlp: the placed counts differ from those of LlamaMLP's own activations"),
+    ],
+)
+def test_an_activation_that_is_another_at_every_call_is_refused_by_name(llama, last, message):
+    class Alternating(nn.Module):
+        signs = itertools.cycle((1, -1))
+
+        def forward(self, gate):
+            return gate * next(self.signs)
+
+    ffn = llama.model.layers[1].mlp
+    ffn.act_fn = Alternating()
+    with torch.no_grad():
+        ffn.down_proj.weight.mul_(last)  # by 0, outputs agree
+    before = plain.attributes(llama)
+    with pytest.raises(InputError, match=message):
         lf.record(llama, ["a"])
     plain.assert_untouched(before, llama)
 

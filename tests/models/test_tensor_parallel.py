@@ -211,6 +211,12 @@ def test_what_needs_whole_layers_is_refused(ranks, case):
         assert all("over 2 processes by tensor parallelism" in message for message in others)
 
 
+@pytest.mark.parametrize("case", COUNTED)
+def test_processes_that_share_layers_cannot_share_the_text(ranks, case):
+    for message in both(ranks, case, "text too"):
+        assert "share the model's layers already" in message
+
+
 @pytest.mark.skipif(VERSION_4, reason="transformers 4 takes no plan but the model's")
 @pytest.mark.parametrize(
     ("case", "said"),

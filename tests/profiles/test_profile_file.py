@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import sys
 
 import pytest
 import safetensors
@@ -159,6 +160,14 @@ def rewritten(saved, change):
     metadata = {**header["__metadata__"], "profile": json.dumps(about)}
     header, data = split(safetensors.torch.save(tensors, metadata))
     saved.write_bytes(seal(header, data))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file that fails is Linux's")
+def test_a_file_that_opens_and_cannot_be_read_is_said():
+    # Nothing is mapped at address 0, which is the first byte of this.
+    message = r"cannot be read to its end \(Input/output error\); copy it anew"
+    with pytest.raises(InputError, match=message):
+        Profile.load("/proc/self/mem")
 
 
 def test_rewriting_without_a_change_loads(saved):

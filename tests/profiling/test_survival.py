@@ -284,6 +284,15 @@ def test_one_run_at_a_time_uses_a_directory(model, tmp_path):
     profiled(model, resume=tmp_path)
 
 
+def test_a_file_system_without_locks_is_refused(model, tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(InputError, match=r"cannot lock files \(No locks available\)"):
+        profiled(model, resume=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

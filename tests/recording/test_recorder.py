@@ -173,6 +173,23 @@ def test_a_model_that_runs_before_anything_was_set_is_told(llama):
         llama(IDS)
 
 
+@torch.no_grad()
+def test_a_pass_without_tokens_or_embeddings_is_refused(llama):
+    with lf.record(llama, LABELS) as recorder:
+        recorder.set(label="en")
+        for given in ({}, {"input_ids": IDS[0]}):
+            with pytest.raises(InputError, match="called without input_ids or inputs_embeds"):
+                llama(**given)
+
+
+def test_what_another_recorder_counted_is_not_taken_over(llama):
+    with lf.record(llama, LABELS, ("counts", "sums")) as recorder:
+        whole = recorder.whole()
+    with lf.record(llama, LABELS) as recorder:
+        with pytest.raises(InputError, match="of another model or other statistics"):
+            recorder.restore(whole)
+
+
 @pytest.mark.parametrize("how", ["no pass", "all padding"])
 @torch.no_grad()
 def test_nothing_recorded_is_an_error(llama, how):

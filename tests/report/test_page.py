@@ -246,6 +246,13 @@ def test_inputs_of_two_models_are_refused(inputs, tmp_path):
         write_report(tmp_path / "report.html", inputs)
 
 
+def test_what_lape_chose_needs_its_parameters(profile, neurons, tmp_path):
+    other = NeuronSets(neurons, neurons.layout, {"method": "lape"})
+    with pytest.raises(InputError, match="the neurons a lack LAPE's parameters; identify them"):
+        write_report(tmp_path / "report.html", Inputs(profile, {"a": other}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_sharing_is_drawn_by_threshold_and_for_what_contributes_most(sharing, tmp_path):
     generator = torch.Generator().manual_seed(5)
     swept = torch.randint(0, 9, (3, 3, 4), generator=generator)

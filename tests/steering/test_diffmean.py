@@ -141,6 +141,34 @@ def test_hidden_states_that_are_not_finite_are_named(texts):
         lf.residual_means(model, texts, progress=False)
 
 
+def test_a_layer_that_does_not_run_has_no_mean(texts):
+    model = copy.deepcopy(shared("llama"))
+    model.config.num_hidden_layers = 1
+    with pytest.raises(InputError, match=r"decoder layer layers\.1 did not run"):
+        lf.residual_means(model, texts, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": ["en", "en"]}, r"distinct names as labels, got \['en', 'en'\]"),
+        ({"layers": ["layers.0", ""]}, "distinct names as layers"),
+        ({"means": torch.zeros(2, 2, 4)}, r"float64 \[labels, layers, hidden\] = \[2, 2, hidden\]"),
+        ({"tokens": torch.tensor([3, 0])}, r"int64 \[labels\] = \[2\] of at least 1"),
+    ],
+)
+def test_means_that_do_not_fit_their_names_are_refused(given, message):
+    means = {
+        "labels": ["en", "zh"],
+        "layers": ["layers.0", "layers.1"],
+        "means": torch.zeros(2, 2, 4, dtype=torch.float64),
+        "tokens": torch.tensor([3, 1]),
+    }
+    lf.ResidualMeans(**means)
+    with pytest.raises(InputError, match=message):
+        lf.ResidualMeans(**{**means, **given})
+
+
 def test_an_encoder_has_no_decoder_layers(texts):
     with pytest.raises(InputError, match="no numbered decoder layers"):
         lf.residual_means(shared("bert"), texts, progress=False)

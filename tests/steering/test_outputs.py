@@ -11,6 +11,7 @@ from families import by_name
 import lapefast as lf
 from lapefast.errors import InputError
 from lapefast.models import find_linears
+from lapefast.steering import Shift
 
 IDS = torch.arange(3 * 8).reshape(3, 8) * 31 % 97
 FAMILIES = ["llama", "gpt2", "phi3", "t5-v1.1", "opt"]
@@ -115,3 +116,25 @@ def test_a_layer_that_is_not_there_or_too_narrow_is_refused():
 
 def model_width(model, site):
     return lf.models.known_sites(model, [site])[site]
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (
+            lf.deactivate({"layers.1.self_attn.v_proj": [0]}),
+            r"a linear layer that is to be edited \(layers.1.self_attn.v_proj\)",
+        ),
+        (
+            Shift({"layers.1": torch.ones(32)}),
+            r"a decoder layer that is to be shifted \(layers.1\)",
+        ),
+    ],
+    ids=["output", "shift"],
+)
+def test_what_does_not_run_cannot_be_steered(edit, what):
+    model = by_name("llama").build()
+    model.config.num_hidden_layers = 1  # the second layer is there, and left out
+    with pytest.raises(InputError, match=f"{what} did not run in a forward pass"):
+        lf.steer(model, edit)
+    model(IDS)

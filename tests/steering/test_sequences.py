@@ -369,6 +369,20 @@ def test_lists_of_anything_else_are_refused(given, message):
         lf.steer(shared("llama"), given)
 
 
+def test_a_generate_that_does_not_say_where_its_prompt_ends_is_refused():
+    class OwnLoop(transformers.LlamaForCausalLM):
+        def generate(self, ids):
+            return self(ids).logits.argmax(-1)
+
+    model = OwnLoop(shared("llama").config).eval()
+    edit = lf.deactivate({"layers.0.mlp": [0]})
+    with lf.steer(model, edit, where="prompt"):
+        with pytest.raises(InputError, match='how long its prompt is.*use where="all"'):
+            model.generate(IDS)
+    with lf.steer(model, edit):
+        model.generate(IDS)
+
+
 def test_an_unknown_place_is_refused():
     model, edits = shared("llama"), edits_of(by_name("llama"))
     with pytest.raises(InputError, match="where must be one of all, prompt, generated"):

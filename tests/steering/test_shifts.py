@@ -119,6 +119,8 @@ def test_encoder_decoders_are_shifted_in_the_decoder():
     ("vectors", "message"),
     [
         ({}, "at least one layer"),
+        ([torch.zeros(HIDDEN)], "made of a dict from layer to vector, got list"),
+        ({"layers.0": ["much"]}, r"must be numbers, got \['much'\]"),
         ({"layers.0": torch.full((HIDDEN,), float("nan"))}, "must be finite"),
         ({"layers.0": torch.zeros(2, HIDDEN)}, "must be a vector"),
         ({"layers.9": torch.zeros(HIDDEN)}, "layers.9"),
@@ -130,6 +132,14 @@ def test_shifts_that_do_not_fit_are_refused_and_the_model_kept(vectors, message)
     before = plain.attributes(model)
     with pytest.raises(InputError, match=message):
         lf.steer(model, Shift(vectors))
+    plain.assert_untouched(before, model)
+
+
+def test_shifts_of_several_lengths_for_one_layer_are_refused_and_the_model_kept():
+    model = shared("llama")
+    before = plain.attributes(model)
+    with pytest.raises(InputError, match="the shifts of layer layers.0 differ in length"):
+        lf.steer(model, [Shift({"layers.0": torch.ones(size)}) for size in (HIDDEN, HIDDEN - 1)])
     plain.assert_untouched(before, model)
 
 

@@ -85,15 +85,19 @@ def text_means(
     with _place(directory) as place:
         file_path, texts = place / _VALUES, []
         _check_room(place, most_texts * sum(widths.values()) * 4)
-        # Closed at once if something goes wrong, so that the model is left as it was.
-        with open(file_path, "wb") as file, closing(_rows(model, text, widths)) as batches:
+        with _opened(file_path, "wb") as file:
             _write_header(file, 0, sum(widths.values()))
+        # Closed at once if something goes wrong, so that the model is left as it was.
+        with closing(_rows(model, text, widths)) as batches:
             for label, batch, rows in batches:
-                _write(file, rows, place)
+                _check_room(place, rows.nbytes)
+                with _opened(file_path, "ab") as file:
+                    file.write(rows.numpy())
                 texts += [(label, number) for number in batch.numbers]
-            file.seek(0)
+        with _opened(file_path, "r+b") as file:
             _write_header(file, len(texts), sum(widths.values()))
-        (place / _TEXTS).write_text(json.dumps({"sites": widths, "texts": texts}), "utf-8")
+        with _opened(place / _TEXTS, "wb") as file:
+            file.write(json.dumps({"sites": widths, "texts": texts}).encode())
         index = {label: number for number, label in enumerate(text.labels)}
         classes = np.array([index[label] for label, _ in texts], np.int32)
         yield TextMeans(np.load(file_path, mmap_mode="r"), classes)
@@ -199,12 +203,14 @@ def _write_header(file: IO[bytes], texts: int, units: int) -> None:
     np.lib.format.write_array_header_1_0(file, content)
 
 
-def _write(file: IO[bytes], rows: Tensor, place: Path) -> None:
-    _check_room(place, rows.nbytes)
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """A file to write to; what the disk refuses when the file is closed is told as well."""
     try:
-        file.write(rows.numpy())
+        with open(path, mode) as file:
+            yield file
     except OSError as error:
         raise InputError(
-            f"cannot write the means of a text to {place.parent}: {error.strerror}; make room or "
-            "give a directory on another disk"
+            f"cannot write the means of texts to {path.parent.parent}: {error.strerror}; make room "
+            "or give a directory on another disk"
         ) from error
