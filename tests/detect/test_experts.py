@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import families
 import numpy as np
@@ -665,12 +664,6 @@ def test_a_table_has_a_row_for_each_label_layer_and_expert(counted):
     for row in table.itertuples():
         expected = counted.frequency[LABELS.index(row.label), row.layer, row.expert]
         assert row.frequency == expected.item()
-
-
-def test_a_table_without_pandas_is_refused(counted, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match="to_pandas needs pandas: pip install pandas"):
-        counted.to_pandas()
 
 
 def test_saved_experts_are_read_again(found, tmp_path):

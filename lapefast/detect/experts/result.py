@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from lapefast.errors import InputError
 from lapefast.labels import check_names
 from lapefast.neurons import Layout, NeuronSet, NeuronSets
 from lapefast.sealed import SealedFile
-
-if TYPE_CHECKING:
-    import pandas
 
 __all__ = ["Experts", "check_share", "highest_share"]
 
@@ -227,16 +224,13 @@ class Experts:
         rest = {name: value for name, value in self.metadata.items() if name not in known}
         return {**rest, "method": "experts", "parameters": {**own, **parameters}, "notes": []}
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """A row per label, layer and expert: label, layer, expert, frequency.
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per label, layer and expert.
 
-        Raises:
-            InputError: pandas is not installed.
+        Columns: ``label``, ``layer``, ``expert``, ``frequency``.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_pandas needs pandas: pip install pandas") from error
+        import pandas
+
         layers, count = self.chosen.shape[1:]
         index = pandas.MultiIndex.from_product(
             [self.labels, range(layers), range(count)], names=["label", "layer", "expert"]
