@@ -1,9 +1,11 @@
-// lapefast._native: tensors in, exceptions out. What the user may get wrong was checked by the
-// caller (lapefast/ops/checks.py), with the better message; here nothing is believed: sizes, types
-// and places are read from the tensors themselves, and what they hold before anything is written.
+// lapefast._native: tensors in, exceptions out. What the user may get wrong the caller says with
+// the better message (lapefast/ops/checks.py), before a call or once it is refused here, where
+// nothing is believed: sizes, types and places are read from the tensors themselves, and what they
+// hold before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstddef>
 #include <stdexcept>
 #include <type_traits>
@@ -31,8 +33,7 @@ void set_rows(Call& call, int activation, const Tensor& gate, py::handle up, py:
     if (object.is_none()) return {};
     const Tensor tensor(object, name);
     tensor.float_type();
-    tensor.expect(tensor.same_type(gate) && tensor.same_place(gate) && tensor.rows() == call.rows &&
-                      tensor.width() == call.width,
+    tensor.expect(tensor.same_type(gate) && tensor.same_place(gate) && tensor.same_sizes(gate),
                   "must be as gate is");
     return tensor.as_rows();
   };
@@ -47,12 +48,19 @@ lapefast::RowIndex row_index(py::handle object, const char* name, const Tensor& 
   return {index.contiguous<std::int32_t>(size, gate), size};
 }
 
+std::int64_t* flags_of(py::handle object, const Tensor& gate) {
+  const Tensor flags(object, "flags");
+  flags.expect(flags.dimensions() == 1, "must have one dimension");
+  return flags.contiguous<std::int64_t>(2, gate);
+}
+
 lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle product,
                                    int activation, float threshold, py::handle groups,
                                    py::handle counts, py::handle sums, py::handle square_sums,
                                    py::handle up_abs_sums, py::handle flags) {
   lapefast::ProfileCall call{};
   set_rows(call, activation, gate, up, product);
+  if (std::isnan(threshold)) throw std::invalid_argument("threshold must be a number.");
   call.threshold = threshold;
   call.groups = row_index(groups, "groups", gate);
   constexpr std::int64_t none = INT64_MAX;
@@ -61,7 +69,7 @@ lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle
     if (object.is_none()) return;
     const Tensor statistic(object, name);
     const std::int64_t held = statistic.rows();
-    statistic.expect(statistic.dimensions() > 0 && statistic.width() == call.width &&
+    statistic.expect(statistic.dimensions() == 2 && statistic.width() == call.width &&
                          (call.statistics.groups == none || held == call.statistics.groups),
                      "is of another size");
     call.statistics.groups = held;
@@ -72,7 +80,7 @@ lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle
   add_statistic(sums, "sums", call.statistics.sums);
   add_statistic(square_sums, "square_sums", call.statistics.square_sums);
   add_statistic(up_abs_sums, "up_abs_sums", call.statistics.up_abs_sums);
-  call.flags = Tensor(flags, "flags").contiguous<std::int64_t>(2, gate);
+  call.flags = flags_of(flags, gate);
   if (!up_abs_sums.is_none() && up.is_none()) throw std::invalid_argument("up_abs_sums needs up.");
   return call;
 }
@@ -96,7 +104,7 @@ lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle produ
   call.neurons = members.contiguous<std::int32_t>(call.capacity, gate);
   call.scale = Tensor(scale, "scale").contiguous<float>(call.capacity, gate);
   call.shift = Tensor(shift, "shift").contiguous<float>(call.capacity, gate);
-  call.flags = Tensor(flags, "flags").contiguous<std::int64_t>(2, gate);
+  call.flags = flags_of(flags, gate);
   return call;
 }
 

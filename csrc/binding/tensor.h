@@ -8,6 +8,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -86,6 +87,10 @@ class Tensor {
   std::int32_t device() const { return seen_.device; }
   bool same_place(const Tensor& other) const {
     return seen_.device_type == other.seen_.device_type && seen_.device == other.seen_.device;
+  }
+  bool same_sizes(const Tensor& other) const {
+    return seen_.dimensions == other.seen_.dimensions &&
+           std::equal(seen_.shape, seen_.shape + seen_.dimensions, other.seen_.shape);
   }
   int dimensions() const { return seen_.dimensions; }
   std::int64_t size(int at) const { return seen_.shape[at]; }

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lapefast.ops.backends import backend_for
+from lapefast.errors import InputError
+from lapefast.ops.backends import backend_for, cpu
 from lapefast.ops.checks import (
     check_edit,
     check_leave_one_out,
@@ -84,11 +85,22 @@ def compute_profile(
     backend: str = "auto",
 ) -> Tensor:
     """The product as the model computes it, contiguous; in the same pass the statistics."""
+    chosen = backend_for(backend, "cpu" if gate.is_cpu else gate.device.type)
+    if chosen is cpu:
+        # The library believes nothing that it is given, and a check before its own would be half of
+        # a small call. Only what it refuses is checked here, where the message is better.
+        try:
+            return cpu.profile(
+                None, gate, up, activation, threshold,
+                groups, counts, sums, square_sums, up_abs_sums, flags,
+            )  # fmt: skip
+        except (InputError, KeyError, RuntimeError):
+            pass
     size = check_statistics(
         "profile", gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip
-    return backend_for(backend, "cpu" if gate.is_cpu else gate.device.type).profile(
+    return chosen.profile(
         size, gate, up, activation, threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
     )  # fmt: skip

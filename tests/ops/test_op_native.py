@@ -59,6 +59,13 @@ BAD = {
         {"sums": torch.zeros(24, 2, dtype=torch.float64).t()},
         "sums must be contiguous",
     ),
+    "an up of other rows": ({"up": torch.zeros(2, 2, 24, dtype=torch.bfloat16)}, "as gate is"),
+    "counts of three dimensions": (
+        {"counts": torch.zeros(1, 2, 24, dtype=torch.int64)},
+        "counts is of another size",
+    ),
+    "flags of two dimensions": ({"flags": torch.zeros(1, 2, dtype=torch.int64)}, "one dimension"),
+    "no threshold": ({"threshold": float("nan")}, "threshold must be a number"),
     "one flag": ({"flags": torch.zeros(1, dtype=torch.int64)}, "flags is of another size"),
     "no up": ({"up": None}, "up_abs_sums needs up"),
 }

@@ -54,7 +54,7 @@ def missing() -> str | None:
 
 
 def profile(
-    size: Size,
+    size: Size | None,
     gate: Tensor,
     up: Tensor | None,
     activation: str,
@@ -74,12 +74,11 @@ def profile(
         product, gate = _empty(gate), in_rows(gate)
     if up is not None and not up.is_contiguous():
         up = in_rows(up)
-    rows, width, _ = size
-    small = rows * width < _ONE_THREAD_BELOW and gate.is_cpu
+    small = gate.is_cpu and gate.numel() < _ONE_THREAD_BELOW
     library.profile(
         gate, up, product, ACTIVATIONS[activation], threshold,
         groups, counts, sums, square_sums, up_abs_sums, flags,
-        1 if small else _resource(size, gate),
+        1 if small else _resource(gate),
     )  # fmt: skip
     return product
 
@@ -88,13 +87,13 @@ def profile_(size: Size, gate: Tensor, up: Tensor | None, activation: str, *stat
     """See `declarations.compute_profile_`."""
     if up is not None:
         up = in_rows(up)
-    library.profile(gate, up, gate, ACTIVATIONS[activation], *statistics, _resource(size, gate))
+    library.profile(gate, up, gate, ACTIVATIONS[activation], *statistics, _resource(gate))
 
 
 def observe(size: Size, gate: Tensor, activation: str, *statistics) -> None:
     """See `declarations.compute_observe`."""
     gate = in_rows(gate)
-    library.profile(gate, None, None, ACTIVATIONS[activation], *statistics, _resource(size, gate))
+    library.profile(gate, None, None, ACTIVATIONS[activation], *statistics, _resource(gate))
 
 
 def edit(size: Size, gate: Tensor, up: Tensor | None, activation: str, *edits) -> Tensor:
@@ -105,9 +104,7 @@ def edit(size: Size, gate: Tensor, up: Tensor | None, activation: str, *edits) -
         product, gate = _empty(gate), in_rows(gate)
     if up is not None and not up.is_contiguous():
         up = in_rows(up)
-    library.edit(
-        gate, up, product, ACTIVATIONS[activation], *edits, _resource(size, gate, FEW_TO_EDIT)
-    )
+    library.edit(gate, up, product, ACTIVATIONS[activation], *edits, _resource(gate, FEW_TO_EDIT))
     return product
 
 
@@ -116,8 +113,8 @@ def _empty(gate: Tensor) -> Tensor:
     return torch.empty_like(gate) if gate.is_contiguous() else gate.new_empty(gate.shape)
 
 
-def _resource(size: Size, gate: Tensor, few: int = _ONE_THREAD_BELOW) -> int:
+def _resource(gate: Tensor, few: int = _ONE_THREAD_BELOW) -> int:
     """How many threads may compute, or on a GPU the stream that torch is queueing on."""
     if gate.is_cpu:
-        return 1 if size[0] * size[1] < few else torch.get_num_threads()
+        return 1 if gate.numel() < few else torch.get_num_threads()
     return torch._C._cuda_getCurrentRawStream(gate.device.index)
