@@ -33,7 +33,7 @@ def find_source(given: Any, document: str, field: str, prefer_ids: bool) -> Sour
     if isinstance(given, (torch.Tensor, np.ndarray)) and not _holds_objects(given):
         return ArraySource(given)
     if data_sets.is_data_set(given):
-        return _data_set_source(given, data_sets.describe(given), field, prefer_ids)
+        return _data_set_source(given, f"<{data_sets.describe(given)}>", field, prefer_ids)
     if isinstance(given, (list, tuple)) and given:
         if all(isinstance(item, os.PathLike) for item in given):
             return FileSource(_expand([os.fspath(i) for i in given]), document, field, prefer_ids)
@@ -53,7 +53,8 @@ def find_source(given: Any, document: str, field: str, prefer_ids: bool) -> Sour
             f"got {type(given).__name__}"
         )
     total = len(given) if hasattr(given, "__len__") else None
-    name = type(given).__name__ if total is None else f"{type(given).__name__} of {total}"
+    kind = type(given).__name__
+    name = f"<{kind}>" if total is None else f"<{kind} of {total}>"
     if iter(given) is given:
         return OnceSource(ItemSource(lambda: given, name, None, field, prefer_ids))
     return ItemSource(lambda: iter(given), name, total, field, prefer_ids)
@@ -69,7 +70,7 @@ class ArraySource:
             integers = integers and array.dtype != torch.bool
         else:
             integers = array.dtype.kind in "iu"
-        self.name = name or f"token ids {list(shape)}"
+        self.name = name or f"<token ids {list(shape)}>"
         if not integers:
             raise InputError(f"{self.name}: token ids must be integers, got {array.dtype}")
         if len(shape) not in (1, 2):

@@ -48,7 +48,7 @@ class CategoryRow:
     Attributes:
         category: its name; "none" for the unedited model.
         label: of the prompts.
-        answers: how many.
+        answers, tokens: how many, and of how many tokens together.
         neurons: deactivated in an example, mean over the answers.
         nll: mean of -ln p per token of the answers, in nats.
         accuracy: share of answers whose first token is the most likely one after the prompt.
@@ -58,6 +58,7 @@ class CategoryRow:
     category: str
     label: str
     answers: int
+    tokens: int
     neurons: float
     nll: float
     accuracy: float
@@ -191,6 +192,7 @@ def category_deactivation(
             category=_UNEDITED if category is None else category.title,
             label=label,
             answers=own.answers,
+            tokens=own.tokens,
             neurons=own.neurons / own.answers,
             nll=own.nll / own.tokens,
             accuracy=own.hits / own.answers,

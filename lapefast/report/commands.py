@@ -31,8 +31,12 @@ _METHODS = {
 # What `lapefast identify` always does, by the names of settings.
 _FIXED = {
     "average-precision": {"longer": "drop"},
-    "sharing": {"attribution": True, "top": 800},
-    "experts": {"form": "identity", "threshold": None, "longer": "cut"},
+    "sharing": {
+        "attribution": True,
+        "top": 800,
+        "thresholds": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
+    },
+    "experts": {"form": "identity", "threshold": None, "longer": "cut", "clusters": None},
 }
 _RATES = ("top_rate", "filter_rate", "activation_bar_ratio")
 _IDENTIFY = (*_RATES, "form", "over")
@@ -41,7 +45,7 @@ _IDENTIFY = (*_RATES, "form", "over")
 def commands(described: _Described, files: _Files) -> list[str]:
     """The commands that made the files, as far as their settings tell.
 
-    Of a file that the command line cannot make so, a comment says what it has no option for.
+    Of a file that the command line cannot make, a comment says why.
 
     Args:
         described: name -> metadata; the names are those of `lapefast.report.sections.Inputs`.
@@ -52,7 +56,10 @@ def commands(described: _Described, files: _Files) -> list[str]:
     for name, metadata in described.items():
         if name not in files:
             continue
-        if name == "profile" and "runs" not in metadata:
+        why = _beyond(metadata) if _is_sets(name, files) else ""
+        if why:
+            comments.append(f"# {files[name]!r} was made in Python: {why}")
+        elif name == "profile" and "runs" not in metadata:
             given, corpora = metadata.get("corpora", ()), _corpora(metadata)
             options = _options(metadata, _PROFILE)
             until = metadata.get("until_stable")
@@ -70,16 +77,10 @@ def commands(described: _Described, files: _Files) -> list[str]:
             options = _options(metadata.get("parameters") or {}, _IDENTIFY)
             lines.append(["identify", files["profile"], *options, "-o", files[name]])
         elif metadata.get("method") in _METHODS and _is_sets(name, files):
-            beyond = _beyond(metadata)
-            if beyond:
-                comments.append(
-                    f"# {files[name]!r} was made in Python; the command line has no option for its "
-                    f"{', '.join(beyond)}"
-                )
-                continue
             lines.append(["identify", *_method(metadata), "-o", files[name]])
-            details = files.get(f"{metadata['method']} in full")
-            lines[-1] += ["--details", details] if details else []
+            full = f"{metadata['method']} in full"
+            if full in files and _agree(described.get(full, {}), metadata):
+                lines[-1] += ["--details", files[full]]
         elif name in _EVALUATIONS:
             lines.append([*_EVALUATIONS[name](metadata, described, files), "-o", files[name]])
     return [*(shlex.join(["lapefast", *line]) for line in lines), *comments]
@@ -93,22 +94,24 @@ def public_name(name: str) -> str:
     return name
 
 
-def _beyond(metadata: _About) -> list[str]:
-    """The settings of a method that the command line has no option for."""
-    settings = {**metadata, **(metadata.get("parameters") or {})}
+def _beyond(metadata: _About) -> str:
+    """Why the command line cannot make such neuron sets; empty where it can."""
+    if metadata.get("part"):
+        return f"it is the part {metadata['part']!r} of a method's neurons"
+    method, settings = metadata.get("method"), _settings(metadata)
     beyond = [
         name
-        for name, usual in _FIXED.get(metadata["method"], {}).items()
+        for name, usual in _FIXED.get(method, {}).items()
         if name in settings and settings[name] != usual
     ]
     if metadata.get("corpora") and "max_documents" in settings and not settings["max_documents"]:
         beyond.append("max_documents")
-    if metadata["method"] == "plnd":
+    if method == "plnd":
         top, threshold = settings.get("top") or {}, settings.get("threshold") or {}
         alike = (top.get(kind) for kind in ("query_key", "value") if kind in top)
         beyond += ["top"] * (len(set(alike)) > 1)
         beyond += ["threshold"] * (len(set(threshold.values())) > 1)
-    return beyond
+    return f"the command line has no option for its {', '.join(beyond)}" if beyond else ""
 
 
 def _method(metadata: Mapping[str, Any]) -> list[str]:
@@ -192,8 +195,9 @@ def _sweep(metadata: _About, described: _Described, files: _Files) -> _Words:
 
 def _sampled(metadata: _About, described: _Described, files: _Files) -> _Words:
     method, means = metadata.get("neurons_method"), metadata.get("values") == "given"
-    neurons = files.get(f"{method} in full") if not means else None
-    given = ["--neurons", neurons or _neurons(described, files, method)]
+    # The values that neurons are set to are in what --details writes, not in a neuron file.
+    neurons = _neurons(described, files, method) if means else files.get(f"{method} in full")
+    given = ["--neurons", neurons or "DETAILS"]
     given += ["--profile", files.get("profile", "PROFILE")] if means else []
     given += _labels(metadata, "neurons")
     given += [*_options(metadata, ("samples", "temperature")), *_generation(metadata)]
@@ -223,17 +227,35 @@ def _model(metadata: _About) -> str:
     return public_name(metadata.get("model") or "MODEL")
 
 
+def _settings(metadata: _About) -> dict[str, Any]:
+    """Those of a method and of its run by one name each."""
+    return {**metadata, **(metadata.get("parameters") or {})}
+
+
+def _agree(full: _About, sets: _About) -> bool:
+    """Whether neuron sets may come from the run that all details are of."""
+    own = _settings(sets)
+    known = {**_settings(full), "parameters": None, "notes": None}
+    return all(own.get(name) == value for name, value in known.items() if value is not None)
+
+
 def _labels(metadata: _About, entry: str) -> _Words:
     """The labels that an entry has something of."""
     labels = list(metadata.get(entry) or ())
+    if any("," in label for label in labels):
+        return ["--labels=LABELS"]  # the command line takes such labels only all together
     return [f"--labels={','.join(labels)}"] if labels else []
 
 
 def _corpora(metadata: Mapping[str, Any]) -> list[str]:
     return [
-        f"--corpus={one['label']}={public_name(one['source'] or 'SOURCE')}"
-        for one in metadata.get("corpora", ())
+        f"--corpus={one['label']}={_source(one['source'])}" for one in metadata.get("corpora", ())
     ]
+
+
+def _source(name: str | None) -> str:
+    """What is in angle brackets was in memory."""
+    return "SOURCE" if not name or name.startswith("<") else public_name(name)
 
 
 def _neurons(described: _Described, files: _Files, method: str | None = None) -> str:

@@ -516,6 +516,7 @@ def test_a_file_keeps_everything(tmp_path):
     loaded = AveragePrecisionNeurons.load(path)
     assert (loaded.layout, loaded.metadata) == (found.layout, found.metadata)
     assert loaded.labels == found.labels
+    assert [loaded.top.metadata["part"], loaded.bottom.metadata["part"]] == ["top", "bottom"]
     for label in found:
         assert loaded[label] == found[label]
         assert loaded.top[label] == found.top[label]

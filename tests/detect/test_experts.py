@@ -544,6 +544,8 @@ def test_earlier_clusters_are_taken_over(found, texts, tokenizer):
     again = experts(shared("llama"), texts, tokenizer, clusters=found.clusters, **options)
     assert torch.equal(again.chosen, found.chosen)
     assert again.metadata["experts"] == COUNT
+    assert again.metadata["clusters"] == "given"
+    assert "seed" not in again.metadata
 
 
 # What is read from the counts

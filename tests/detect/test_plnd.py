@@ -314,6 +314,14 @@ def test_documents_without_labels_and_one_label_are_refused():
         lf.detect.plnd(by_name("llama").build(), None, {"en": CORPORA["en"]}, progress=False)
 
 
+def test_zones_of_an_encoder_lie_before_those_of_its_decoder():
+    sites = [f"{stack}.block.{layer}.mlp" for stack in ("encoder", "decoder") for layer in (0, 1)]
+    layout = lf.neurons.Layout(tuple(sites))
+    parts = zones(lf.NeuronSets({"en": {site: [0] for site in sites}}, layout), 1, 2)
+    found = [[site for site, of in part["en"].items() if len(of)] for part in parts.values()]
+    assert found == [sites[:1], sites[1:2], sites[2:]]
+
+
 def test_zones_part_the_layers_and_their_deactivation_is_undone():
     model = by_name("llama").build()
     found = lf.detect.plnd(model, None, CORPORA, top=12, batch_size=2, progress=False).languages
@@ -322,6 +330,8 @@ def test_zones_part_the_layers_and_their_deactivation_is_undone():
     assert sum(part["en"].total for part in parts.values()) == found["en"].total
     assert all(".0." in s or not len(i) for s, i in parts["understanding"]["en"].items())
     assert all(f".{last}." in s or not len(i) for s, i in parts["generation"]["en"].items())
+    assert [part.metadata["part"] for part in parts.values()] == list(parts)
+    assert found.metadata["part"] == "languages"
     ffns = zones(found, 1, 1, parts=("ffn",))["generation"]["en"]
     assert ffns.total
     assert all("mlp" in site or not len(indices) for site, indices in ffns.items())

@@ -544,6 +544,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     for name in ("neurons", "persistent"):
         mine, other = getattr(found, name), getattr(again, name)
         assert mine.layout == other.layout
+        assert mine.metadata == other.metadata
+        assert mine.metadata.get("part") == (name if name == "persistent" else None)
         assert mine.labels == other.labels
         assert all(mine[label] == other[label] for label in mine)
     for name in ("contribution", "effective"):

@@ -65,7 +65,7 @@ def matrix() -> PerplexityMatrix:
 
 
 def deactivation() -> CategoryDeactivation:
-    return CategoryDeactivation([CategoryRow("none", "en", 3, 0.0, 1.5, 0.5, [], [])], {"a": 1})
+    return CategoryDeactivation([CategoryRow("none", "en", 3, 5, 0.0, 1.5, 0.5, [], [])], {"a": 1})
 
 
 def sweep() -> Sweep:

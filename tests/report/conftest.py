@@ -110,7 +110,7 @@ def pruning(matrix) -> PerplexityMatrix:
 @pytest.fixture
 def deactivation() -> CategoryDeactivation:
     rows = [
-        CategoryRow(name, label, 4, at * 2.5, 1.0 + at, 1 / (1 + at), random, random)
+        CategoryRow(name, label, 4, 8, at * 2.5, 1.0 + at, 1 / (1 + at), random, random)
         for label in LABELS
         for at, (name, random) in enumerate([("none", []), ("specific", [0.25, 0.75])])
     ]

@@ -17,8 +17,10 @@ from report_inputs import LABELS
 from lapefast.detect import Experts
 from lapefast.detect.sharing.result import Spread
 from lapefast.errors import InputError
+from lapefast.evaluate import CategoryDeactivation
 from lapefast.neurons import NeuronSets
 from lapefast.report import Inputs, write_report
+from lapefast.report.figures.sharing import deactivations
 from lapefast.report.sections import sections
 
 SCRIPT = LABELS[3]
@@ -320,9 +322,18 @@ def test_sampled_languages_stand_beside_random_sets(sampled):
 
 def test_answers_without_a_category_stand_beside_random_sets(deactivation):
     accuracy, nll = sections(Inputs(deactivation=deactivation))[1].figures
-    assert accuracy.table.rows[0] == ["none", LABELS[0], 4, 0.0, 1.0, None, None]
+    assert accuracy.table.rows[0] == ["none", LABELS[0], 4, 8, 0.0, 1.0, None, None]
     assert accuracy.grids[0].values == ["100.0%", "50.0%, random 25.0% to 75.0%"]
     assert nll.grids[0].values == ["1", "2, random 0.25 to 0.75"]
+
+
+def test_labels_weigh_by_their_answers_or_the_tokens_of_these(deactivation):
+    of_one = [row for row in deactivation.rows if row.label == LABELS[0]]
+    other = [replace(one, label="b", answers=12, tokens=8 * 4, nll=0, accuracy=0) for one in of_one]
+    found = CategoryDeactivation([*of_one, *other])
+    accuracy, nll = (deactivations(found, what, what) for what in ("accuracy", "nll"))
+    assert accuracy.grids[0].values[0] == "25.0%"
+    assert nll.grids[0].values[0] == "0.2"
 
 
 def test_families_stand_beside_labels_that_are_codes(experts):

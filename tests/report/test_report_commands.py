@@ -91,16 +91,46 @@ def test_what_the_command_line_cannot_make_is_said_and_no_command(method, settin
     command, line = commands({"n": metadata, "e": other}, {"n": "n.json", "e": "e.json"})
     assert parsed(command)["method"] == "experts"
     assert line == (
-        f"# 'n.json' was made in Python; the command line has no option for its {named}"
+        f"# 'n.json' was made in Python: the command line has no option for its {named}"
     )
 
 
 def test_sharing_s_usual_settings_are_those_of_the_command_line():
     usual = inspect.signature(lf.detect.sharing).parameters
     settings = {name: usual[name].default for name in ("attribution", "top")}
+    settings["thresholds"] = list(usual["thresholds"].default)
     metadata = {**ABOUT, "method": "sharing", "parameters": settings}
     (line,) = commands({"sharing": metadata}, {"sharing": "n.json"})
     assert parsed(line)["method"] == "sharing"
+
+
+@pytest.mark.parametrize("method", ["lape", *PARAMETERS])
+def test_a_part_of_a_method_s_neurons_has_no_command(method):
+    metadata = {**ABOUT, "method": method, "part": "top"}
+    files = {"profile": "p.safetensors", "n": "n.json"}
+    (line,) = commands({"n": metadata}, files)
+    assert line == "# 'n.json' was made in Python: it is the part 'top' of a method's neurons"
+
+
+def test_details_stand_with_the_neurons_that_were_found_with_them():
+    found = [
+        {**ABOUT, "method": "sharing", "parameters": {"threshold": threshold}, "notes": []}
+        for threshold in (0.0, 0.3)
+    ]
+    described = {"a": found[0], "b": found[1], "sharing in full": found[1]}
+    files = {"a": "a.json", "b": "b.json", "sharing in full": "d.json"}
+    details = [str(parsed(line)["details"]) for line in commands(described, files)]
+    assert details == ["None", "d.json"]
+
+
+def test_what_was_in_memory_or_is_in_no_file_that_is_known_has_a_word_in_its_place():
+    corpora = [{"label": "en", "source": "<list of 3>"}, {"label": "a,b", "source": None}]
+    plnd = {**ABOUT, "method": "plnd", "corpora": corpora, "parameters": {"kinds": ["ffn"]}}
+    sampled = {**ABOUT, "neurons_method": "average-precision", "neurons": {"a,b": 1}}
+    made = {"plnd": plnd, "sampled": sampled}
+    identify, sample = map(parsed, commands(made, {"plnd": "n.json", "sampled": "s.json"}))
+    assert identify["corpus"] == ["en=SOURCE", "a,b=SOURCE"]
+    assert (str(sample["neurons"]), sample["labels"]) == ("DETAILS", "LABELS")
 
 
 SWEEP = {

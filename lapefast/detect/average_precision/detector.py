@@ -99,8 +99,12 @@ class AveragePrecisionNeurons(NeuronSets):
             }
 
         super().__init__(sets(slice(None)), layout, metadata)
-        self.top = NeuronSets(sets(slice(top_count)), layout, self.metadata)
-        self.bottom = NeuronSets(sets(slice(top_count, None)), layout, self.metadata)
+
+        def part(name: str, columns: slice) -> NeuronSets:
+            return NeuronSets(sets(columns), layout, {**self.metadata, "part": name})
+
+        self.top = part("top", slice(top_count))
+        self.bottom = part("bottom", slice(top_count, None))
         self._scores, self._chosen, self._medians = scores, chosen, medians
         self._top_count = top_count
 

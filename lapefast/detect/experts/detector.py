@@ -70,10 +70,10 @@ def experts(
     documents = DocumentPass(
         model, corpora, tokenizer, seq_len, longer, max_documents, batch_size, progress, **text
     )
-    clusters = split_ffns(model, experts, seed) if clusters is None else clusters
+    splits = split_ffns(model, experts, seed) if clusters is None else clusters
     bare = bare_model(model)
     with (
-        ExpertUse(model, documents.labels, clusters, share, form) as use,
+        ExpertUse(model, documents.labels, splits, share, form) as use,
         evaluating(model),
         headless(bare),
         torch.no_grad(),
@@ -88,8 +88,8 @@ def experts(
         "experts": use.chosen.shape[2],
         "share": share,
         "form": form,
-        "seed": seed,
+        **({"seed": seed} if clusters is None else {"clusters": "given"}),
         **about_run(model, tokenizer),
         **documents.metadata(),
     }
-    return Experts(documents.labels, clusters, use.chosen, use.tokens, metadata)
+    return Experts(documents.labels, splits, use.chosen, use.tokens, metadata)

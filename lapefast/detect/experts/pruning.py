@@ -29,7 +29,7 @@ def prune(
         InputError: as `pruned_experts`.
     """
     neurons = experts.members(pruned_experts(experts, label, rate, form))
-    about = experts.about({"pruning": form, "rate": rate})
+    about = experts.about({"pruning": form, "rate": rate}) | {"part": "pruned"}
     return NeuronSets({label: neurons}, experts.layout, about)
 
 

@@ -52,7 +52,8 @@ class PLND(NeuronSets):
         metadata: Mapping[str, Any],
     ) -> None:
         super().__init__(specific, layout, metadata)
-        about = {**metadata, "notes": ["neurons of a label, shared with others or not"]}
+        note = "neurons of a label, shared with others or not"
+        about = {**metadata, "part": "languages", "notes": [note]}
         self.languages = NeuronSets(languages, layout, about)
         self.mean_scores = {label: dict(scores) for label, scores in mean_scores.items()}
 

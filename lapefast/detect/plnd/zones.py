@@ -30,7 +30,8 @@ def zones(
     `lapefast.steer` gives the model back what it deactivates.
 
     Args:
-        neurons: of any method, at sites in numbered layers.
+        neurons: of any method, at sites in numbered layers. An encoder's layers are counted before
+            its decoder's.
         understanding, generation: how many layers at the start and at the end these zones have;
             the others, which may be none, are for reasoning.
         parts: of ``ffn`` and ``attention``; neurons of the other are left out.
@@ -45,7 +46,7 @@ def zones(
         raise InputError(f"parts must be some of ffn and attention, got {parts!r}")
     if not isinstance(neurons, NeuronSets):
         raise InputError(f"neurons must be NeuronSets, got {type(neurons).__name__}")
-    layers = {site: _layer(site) for site in neurons.sites}
+    layers = _layers(neurons.sites)
     count = max(layers.values(), default=-1) + 1
     for name, value in (("understanding", understanding), ("generation", generation)):
         if type(value) is not int or value < 0:
@@ -71,10 +72,20 @@ def zones(
             }
             for label, sites in neurons.items()
         }
-        about = {**neurons.metadata, "zone": zone, "parts": list(parts)}
+        about = {**neurons.metadata, "part": zone, "parts": list(parts)}
         return NeuronSets(chosen, neurons.layout, about)
 
     return {zone: part(zone) for zone in ZONES}
+
+
+def _layers(sites: Sequence[object]) -> dict[object, int]:
+    numbers = {site: _layer(site) for site in sites}
+    encoder = [number for site, number in numbers.items() if str(site).startswith("encoder.")]
+    before = max(encoder, default=-1) + 1
+    return {
+        site: number + before if str(site).startswith("decoder.") else number
+        for site, number in numbers.items()
+    }
 
 
 def _layer(site: object) -> int:

@@ -6,7 +6,7 @@ Wang et al., 2024, arXiv 2406.09265.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -132,6 +132,7 @@ def sharing(
         "method": "sharing",
         "parameters": {
             "threshold": every[0],
+            "thresholds": every[1:],
             "values": values,
             "attribution": attribution,
             "top": top,
@@ -145,21 +146,22 @@ def sharing(
         "batch_size": batch_size,
     }
 
-    def sets(names: Sequence[str], kept: str) -> NeuronSets:
+    def sets(names: Sequence[str], kept: str, about: Mapping[str, Any]) -> NeuronSets:
         """Name -> the neurons whose code, the name's index, never changed."""
         chosen = {
             name: {tally.name: (getattr(tally, kept) == code).nonzero()[:, 0] for tally in tallies}
             for code, name in enumerate(names)
         }
-        return NeuronSets(chosen, layout, metadata)
+        return NeuronSets(chosen, layout, about)
 
+    categories = [category.title for category in Category]
     return Sharing(
         labels=labels,
         counts=torch.stack([torch.cat(tally.counts) for tally in tallies], dim=1),
         thresholds=every[1:],
         sweep_counts=torch.stack([tally.sweep_counts for tally in tallies], dim=1),
-        neurons=sets(labels, "owners"),
-        persistent=sets([category.title for category in Category], "codes"),
+        neurons=sets(labels, "owners", metadata),
+        persistent=sets(categories, "codes", {**metadata, "part": "persistent"}),
         contribution=_spread(labels, [tally.contribution for tally in tallies]),
         effective=_spread(labels, [tally.effective for tally in tallies]),
         metadata=metadata,

@@ -203,13 +203,13 @@ def _parsed(content: Mapping[str, Any], layout: Layout) -> Sharing:
     require(bool((swept.sum(-1) == widths * len(counts)).all()), "sweep_counts miss neurons")
     require((counts >= 0).all() and (swept >= 0).all(), "counts are negative")
 
-    def sets(name: str, names: Sequence[str]) -> NeuronSets:
+    def sets(name: str, names: Sequence[str], **about: str) -> NeuronSets:
         require(list(content[name]) == list(names), f"{name} are not of {', '.join(names)}")
         neurons = {
             label: dict(zip(layout.sites, layers, strict=True))
             for label, layers in content[name].items()
         }
-        return NeuronSets(neurons, layout, content["metadata"])
+        return NeuronSets(neurons, layout, content["metadata"] | about)
 
     def spread(name: str) -> Spread | None:
         given = content[name]
@@ -230,7 +230,7 @@ def _parsed(content: Mapping[str, Any], layout: Layout) -> Sharing:
         thresholds,
         swept,
         sets("neurons", labels),
-        sets("persistent", _CATEGORIES),
+        sets("persistent", _CATEGORIES, part="persistent"),
         spread("contribution"),
         spread("effective"),
         content["metadata"],

@@ -104,17 +104,17 @@ def deactivations(
     found: CategoryDeactivation, quantity: Literal["accuracy", "nll"], name: str
 ) -> Figure:
     """What becomes of the answers without the neurons of each category, beside random sets."""
+    share = quantity == "accuracy"
     names = list(dict.fromkeys(row.category for row in found.rows))
     means, ends = np.full((2, len(names)), np.nan), np.full((len(names), 2), np.nan)
     for at, category in enumerate(names):
         rows = [row for row in found.rows if row.category == category]
-        weights = [row.answers for row in rows]
+        weights = [row.answers if share else row.tokens for row in rows]
         means[0, at] = np.average([getattr(row, quantity) for row in rows], weights=weights)
         random = np.array([getattr(row, f"random_{quantity}") for row in rows])
         if random.size:
             of_sets = np.average(random, axis=0, weights=weights)
             means[1, at], ends[at] = of_sets.mean(), (of_sets.min(), of_sets.max())
-    share = quantity == "accuracy"
     amount = "% right" if share else "nats per token"
 
     def draw(escape: bool) -> matplotlib.figure.Figure:
@@ -133,13 +133,14 @@ def deactivations(
         )
         for own, random, end in zip(*means, ends, strict=True)
     ]
-    header = ["without", "label", "answers", "neurons", quantity]
+    header = ["without", "label", "answers", "tokens", "neurons", quantity]
     header += [f"random, {which}" for which in ("least", "largest")]
     table = [
         [
             row.category,
             row.label,
             row.answers,
+            row.tokens,
             row.neurons,
             getattr(row, quantity),
             *(of(getattr(row, f"random_{quantity}"), default=None) for of in (min, max)),
@@ -147,16 +148,16 @@ def deactivations(
         for row in found.rows
     ]
     what = (
-        "Share of answers whose first token is the most likely one"
+        "Share of all labels' answers whose first token is the most likely one"
         if share
-        else "Mean of \u2212ln p per token of the answers"
+        else "Mean of \u2212ln p per token of all labels' answers"
     )
     return Figure(
         name,
         f"Answers without each category: {'accuracy' if share else 'likelihood'}",
         f"{what}, with the neurons of a category deactivated example by example, and with random "
-        "neurons, as many in each layer; the line is the range over random sets. Mean over the "
-        "answers of all labels; the table holds each label.",
+        "neurons, as many in each layer; the line is the range over random sets. The table holds "
+        "each label.",
         Table(header, table),
         draw,
         [Grid([""], [f"without {one}" for one in names], spoken)],
