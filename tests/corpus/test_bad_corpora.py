@@ -195,7 +195,7 @@ AT_THE_START: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut short, bz2": (lambda p: put(p, "t.bz2", bz2.compress(NOISE)[:99]), "t.bz2 cannot be"),
     "cut short, xz": (lambda p: put(p, "t.xz", lzma.compress(NOISE)[:99]), "t.xz cannot be read"),
     "damaged zstd": (lambda p: put(p, "t.zst", b"\x28\xb5\x2f\xfd" + b"x" * 99), "t.zst cannot be"),
-    "list of other things": (lambda p: ["a", 1.5], "list of 2, item 1: expected a text .* float"),
+    "list of other things": (lambda p: ["a", 1.5], "<list of 2>, item 1: expected a text .* float"),
     "floats as token ids": (lambda p: [["a"], [0.5]], "item 0: expected a text or integer token"),
     "nested token ids": (lambda p: [[1, [2]]], "item 0: expected one sequence of token ids"),
     "mappings without the field": (lambda p: iter([{"b": 1}]), "item 0: there is no field 'text'"),
@@ -265,7 +265,7 @@ def test_a_generator_is_read_once(tokenizer: Any) -> None:
     corpus.check(16)
     list(corpus.rows(16))
     for again in (lambda: corpus.check(16), lambda: list(corpus.rows(16))):
-        with refused("generator was already consumed by an earlier pass"):
+        with refused("<generator> was already consumed by an earlier pass"):
             again()
 
 
