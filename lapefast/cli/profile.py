@@ -173,7 +173,9 @@ def _ending(until: UntilStable) -> str:
     """How the pass ended, and where that leaves each label."""
     found = until.stability
     if found is None:
-        return "the text ended before every label had a row for each shard; give more of it"
+        return (
+            "the text or --max-tokens ended before every label had a row for each shard; give more"
+        )
     overlaps = ", ".join(
         f"{label} {overlap:.3f} at {tokens:,} tokens"
         for (label, overlap), tokens in zip(
@@ -182,4 +184,7 @@ def _ending(until: UntilStable) -> str:
     )
     if until.reached:
         return f"stable: an overlap of at least {until.target} with far more text ({overlaps})"
-    return f"the text ended before an overlap of {until.target} was reached ({overlaps})"
+    return (
+        f"the text or --max-tokens ended before an overlap of {until.target} was reached "
+        f"({overlaps})"
+    )

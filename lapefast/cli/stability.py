@@ -11,6 +11,7 @@ import typer
 
 from lapefast.cli import methods, options
 from lapefast.cli.options import check_output
+from lapefast.errors import InputError
 
 __all__ = ["stability"]
 
@@ -40,6 +41,10 @@ def stability(
     for path in (output, figure):
         if path is not None:
             check_output(path)
+    if figure is not None and output in [figure.with_suffix(one) for one in (".png", ".svg")]:
+        raise InputError(f"-o {output} is a file of --figure {figure}; give another")
+    if output.exists() and profile.exists() and output.samefile(profile):
+        raise InputError(f"-o {output} is the profile to read; give another")
     from lapefast import Profile
     from lapefast.cli.tables import console, show
     from lapefast.detect import lape as select

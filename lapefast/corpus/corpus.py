@@ -143,13 +143,14 @@ class Corpus:
             raise InputError(f"label {self.label!r}: there is no report before rows were taken")
         return self._report
 
-    def check(self, seq_len: int | None = None) -> None:
+    def check(self, seq_len: int | None = None, max_tokens: int | None = None) -> None:
         """Reads the start of the corpus, enough for one row, and all ids of a tensor or array.
 
         An iterator is none the shorter for it. Raises InputError.
         """
         with _naming(self.label):
             seq_len = self._seq_len(seq_len) if seq_len or self.row_length else 1
+            _max_rows(seq_len, max_tokens)
             source = self._source
             pieces = source.peek() if isinstance(source, OnceSource) else source.pieces()
             if isinstance(source, ArraySource):
@@ -176,8 +177,6 @@ class Corpus:
             seq_len = self._seq_len(seq_len)
             if start < 0:
                 raise InputError(f"start must be a row, 0 or more, got {start}")
-            if max_tokens is not None and not isinstance(max_tokens, Integral):
-                raise InputError(f"max_tokens must be an integer, got {max_tokens!r}")
             max_rows = _max_rows(seq_len, max_tokens)
         self._report = None
         empty = CorpusReport(self.label, self.name, "", seq_len, (start, start), 0, 0, 0, False)
@@ -243,10 +242,12 @@ class Corpus:
             needed = None if max_rows is None else max_rows * seq_len
             cached = self._cache.find(needed) if self._cache else None
             if cached is not None:
+                # A text that has become shorter ends before the row to begin with.
+                begin = min(first, len(cached) // seq_len)
                 stream = Stream(
-                    cached.tokens(first * seq_len),
-                    first,
-                    *cached.before(first * seq_len),
+                    cached.tokens(begin * seq_len),
+                    begin,
+                    *cached.before(begin * seq_len),
                     identity_of(first_tokens(cached.tokens())[0]),
                 )
             else:
@@ -386,6 +387,8 @@ def parse_corpus_arguments(arguments: Iterable[str]) -> dict[str, str]:
 def _max_rows(seq_len: int, max_tokens: int | None) -> int | None:
     if max_tokens is None:
         return None
+    if not isinstance(max_tokens, Integral):
+        raise InputError(f"max_tokens must be an integer, got {max_tokens!r}")
     if max_tokens // seq_len < 1:
         raise InputError(f"max_tokens={max_tokens} is less than one row of {seq_len}")
     return max_tokens // seq_len

@@ -166,6 +166,9 @@ class CachedTokens:
         self._path, self._ids, self._checksums = path, ids, checksums
         self._starts, self._empty = starts, empty
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def tokens(self, position: int = 0) -> Iterator[Tokens]:
         """The stream from a position on.
 
@@ -203,6 +206,8 @@ def tokenizer_signature(tokenizer: Any) -> str | None:
     if tokenizer is None:
         return None
     said: dict[str, Any] = {"class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"}
+    # No part of a fast tokenizer's state, which is told of it in every call.
+    said["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", None)
     if getattr(tokenizer, "is_fast", False):
         # How it pads and cuts is said in every call, and stands in its state as last said.
         state = json.loads(tokenizer.backend_tokenizer.to_str())

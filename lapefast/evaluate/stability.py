@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +183,7 @@ def stability(
     generator = torch.Generator().manual_seed(seed)
     found = select(profile)
     whole, overlaps = _members(found), []
-    with _quiet():  # the selection from all shards has said what there is to say
+    with _quiet:  # the selection from all shards has said what there is to say
         for _ in range(resamples):
             order = torch.stack(
                 [torch.randperm(SHARDS, generator=generator) for _ in profile.labels]
@@ -257,9 +257,11 @@ class UntilStable:
 
     @property
     def reached(self) -> bool:
-        """Whether every label was there when asked last."""
+        """Whether every label was there when asked last; not where nothing was selected at all."""
         found = self.stability
-        return found is not None and found.stable(self.target) == found.labels
+        if found is None or not found.neurons.any():
+            return False
+        return found.stable(self.target) == found.labels
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -287,16 +289,28 @@ def _jaccard(a: set, b: set) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the detectors' warnings."""
-    logger = logging.getLogger("lapefast.detect")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+class _Quiet:
+    """Without the detectors' warnings, in every thread as long as one is within."""
+
+    def __init__(self) -> None:
+        self._log, self._lock = logging.getLogger("lapefast.detect"), threading.Lock()
+        self._within = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = self._log.level
+                self._log.setLevel(logging.ERROR)
+            self._within += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._log.setLevel(self._before)
+
+
+_quiet = _Quiet()
 
 
 def _parsed(content: Mapping[str, Any], layout: Layout) -> Stability:

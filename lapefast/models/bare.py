@@ -38,6 +38,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif kind in ("DataParallel", "DistributedDataParallel"):
             model = model.module
         elif hasattr(model, "get_base_model") and "base_model" in model._modules:
+            if getattr(model.active_peft_config, "is_prompt_learning", False):
+                raise InputError(
+                    f"this {kind} puts a learned prompt before every text, which lapefast does not "
+                    "read; give the model without it"
+                )
             model = model.get_base_model()
         else:
             return model

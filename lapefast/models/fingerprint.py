@@ -1,4 +1,4 @@
-"""A model's fingerprint: the same for one model however it is wrapped, another for another."""
+"""What tells one model from another: a fingerprint that names it, and a digest of its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from lapefast.models.bare import bare_model, named_modules
+from lapefast.models.parallel import parallel_size
 from lapefast.models.structure import find_ffns
 
 _WEIGHTS = 1024
+_OF_EACH = 256
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -35,10 +38,32 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _sample(weight: Tensor) -> bytes:
+def weights_digest(model: nn.Module) -> str | None:
+    """SHA-256 over 256 values of every parameter of the bare model, and its adapters' states.
+
+    It tells apart what the fingerprint need not: models that differ anywhere before an activation,
+    by an adapter on the attention for instance, whose counts must not be added up. Names of
+    parameters are transformers' own, which another version of it may change. None where the
+    parameters are spread over processes.
+    """
+    if parallel_size(model) > 1:
+        return None
+    digest = hashlib.sha256()
+    for path, module in named_modules(bare_model(model)):
+        if hasattr(module, "base_layer"):  # an adapter's, by PEFT
+            names = ("active_adapters", "disable_adapters", "scaling")
+            states = [getattr(module, name, None) for name in names]
+            digest.update(f"{path}|{states}\n".encode())
+        for name, parameter in module.named_parameters(recurse=False):
+            digest.update(f"{path}.{name.lstrip('_')}|{list(parameter.shape)}\n".encode())
+            digest.update(_sample(_on_hand(module, name, parameter), _OF_EACH))
+    return digest.hexdigest()
+
+
+def _sample(weight: Tensor, most: int = _WEIGHTS) -> bytes:
     flat = weight.detach().reshape(-1)
-    step = max(flat.numel() // _WEIGHTS, 1)
-    chosen = flat[::step][:_WEIGHTS].cpu()
+    step = max(flat.numel() // most, 1)
+    chosen = flat[::step][:most].cpu()
     if chosen.is_floating_point():
         rounded = chosen.to(torch.bfloat16)
         # float16 holds every bfloat16 from here on, but not the smaller ones.

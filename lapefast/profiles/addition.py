@@ -72,6 +72,13 @@ def _check_addable(first: Profile, second: Profile) -> None:
                 f"profiles with {key} {mine} and {theirs} cannot be added; "
                 "profile both texts with one model and one setting"
             )
+    mine, theirs = _weights(first), _weights(second)
+    if any(mine[version] != theirs[version] for version in mine.keys() & theirs.keys()):
+        raise InputError(
+            f"profiles of models that differ cannot be added: {first.metadata.get('model')} and "
+            f"{second.metadata.get('model')} have the same last projections, but other weights or "
+            "adapters; profile both texts with one model"
+        )
     for mine, theirs in zip(first.site_info, second.site_info, strict=False):
         if mine != theirs:
             raise InputError(
@@ -96,7 +103,7 @@ def _check_addable(first: Profile, second: Profile) -> None:
                     raise InputError(
                         f"profiles of parts that were not made in one way cannot be added: "
                         f"{_way(mine)} and {_way(theirs)} of {mine['source']}; make all parts "
-                        "with one number of parts, batch_size and seq_len"
+                        "with one number of parts, batch_size, seq_len and max_tokens"
                     )
                 raise InputError(
                     f"profiles that share text cannot be added: rows {mine['rows']} and "
@@ -120,6 +127,15 @@ def _corpora(profile: Profile) -> list[dict[str, Any]]:
     return [{"seq_len": length, **entry} for entry in profile.metadata.get("corpora", ())]
 
 
+def _weights(profile: Profile) -> dict[str, str]:
+    """The digest of the model's weights by the version of transformers, which names them."""
+    return {
+        run.get("versions", {}).get("transformers"): run["weights"]
+        for run in _runs(profile)
+        if run.get("weights")
+    }
+
+
 def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two corpus entries hold some text in common under one label."""
     # The text itself is known by its identity; names alone may be the same by chance.
@@ -139,9 +155,9 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _other_part(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two entries are different parts of one text that was divided in one way."""
+    said = ("of", "batch_size", "max_tokens")
     ways = [
-        (entry["seq_len"], *(entry.get("part", {}).get(name) for name in ("of", "batch_size")))
-        for entry in (a, b)
+        (entry["seq_len"], *(entry.get("part", {}).get(name) for name in said)) for entry in (a, b)
     ]
     return "part" in a and ways[0] == ways[1] and a["part"]["number"] != b["part"]["number"]
 
@@ -150,7 +166,7 @@ def _way(entry: Mapping[str, Any]) -> str:
     part = entry["part"]
     return (
         f"part {part['number']} of {part['of']} (batches of {part['batch_size']} rows of "
-        f"{entry['seq_len']})"
+        f"{entry['seq_len']}, max_tokens {part.get('max_tokens')})"
     )
 
 

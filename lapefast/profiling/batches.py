@@ -89,7 +89,7 @@ class CorpusPass:
         for corpus in opened:
             if seq_len is not None and corpus.row_length is not None:
                 self._lengths[corpus.label] = seq_len  # refused by the corpus where its rows differ
-            corpus.check(self._lengths[corpus.label])
+            corpus.check(self._lengths[corpus.label], max_tokens)
         self._opened = {corpus.label: corpus for corpus in opened}
         self._bare, self._device = bare_model(model), input_device(model)
         self._max_tokens = int(max_tokens) if isinstance(max_tokens, Integral) else max_tokens
@@ -224,7 +224,12 @@ class CorpusPass:
         if self._part is not None:
             taken = [min(size, rows - row) for row in range(0, rows, size) if self._takes(row)]
             said["tokens"] = sum(taken) * report["seq_len"]
-            said["part"] = {"number": self._part[0], "of": self._part[1], "batch_size": size}
+            said["part"] = {
+                "number": self._part[0],
+                "of": self._part[1],
+                "batch_size": size,
+                "max_tokens": self._max_tokens,
+            }
         return said
 
     def _said_so_far(self, corpus: Corpus, rows: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ __all__ = ["profile"]
 
 _log = logging.getLogger(__name__)
 _END = object()
-_GOING, _DUE, _BROKEN = range(3)  # how a round ended, by rising weight
+# How a round ended, by rising weight; a stop with the number of its signal added.
+_GOING, _DUE, _STOPPED, _BROKEN = 0, 1, 2, 1000
 
 
 def profile(
@@ -142,6 +143,7 @@ def profile(
             settings = {
                 **text.settings(),
                 "model": recorder.about["fingerprint"],
+                "weights": recorder.about["weights"],
                 "dtype": recorder.about["dtype"],
                 "edited": recorder.about["edited"],
                 "tensor_parallel": recorder.about.get("tensor_parallel"),
@@ -226,12 +228,18 @@ def _count_all(
             if team.splits_model and problem and not isinstance(problem, RunStopped):
                 # The others wait in the middle of a layer: there is nothing to agree on any more.
                 raise saving.leaving(problem) from problem
-            verdict = team.highest(_BROKEN if problem else _DUE if saving.due else _GOING)
-            if verdict == _BROKEN:
+            mine = _DUE if saving.due else _GOING
+            if problem:
+                stopped = isinstance(problem, RunStopped)
+                mine = _STOPPED + problem.signal if stopped else _BROKEN
+            verdict = team.highest(mine)
+            if verdict >= _STOPPED:
                 counting.take_back()
                 text.ended = ended
                 if saving.keeps:
                     saving.save(recorder, text, counting.rows_at_once)
+                if verdict < _BROKEN:
+                    problem = problem or RunStopped(verdict - _STOPPED)  # another process heard it
                 raise saving.leaving(problem) from problem
             counting.keep()
             saving.counted(round)

@@ -120,7 +120,8 @@ def check_same(directory: Path, saved: Mapping[str, Any], given: Mapping[str, An
     differences = []
     for name, now in given.items():
         then = saved.get(name)
-        if isinstance(now, Mapping) and isinstance(then, Mapping):
+        mappings = isinstance(now, Mapping) and isinstance(then, Mapping)
+        if mappings and now.keys() <= set(given.get("labels", ())):
             # What one of them lacks is named as a difference of labels.
             differences += [
                 f"{name} of {key!r}: {_short(then[key])} there, {_short(now[key])} here"
@@ -137,7 +138,9 @@ def check_same(directory: Path, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, (list, Mapping)):
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={of}" for key, of in value.items())
+    if isinstance(value, list):
         return ", ".join(map(str, value))
     return value[:12] if isinstance(value, str) else str(value)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lapefast
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks, unwrap
-from lapefast.models.fingerprint import fingerprint
+from lapefast.models.fingerprint import fingerprint, weights_digest
 from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.parallel import leads, parallel_size
@@ -414,6 +414,7 @@ class Recorder:
             "model": getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
             "fingerprint": fingerprint(model),
+            "weights": weights_digest(model),
             "threshold": self._threshold,
             "exact": self._exact,
             "device": input_device(model).type,

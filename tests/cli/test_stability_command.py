@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import lapefast as lf
@@ -72,14 +74,16 @@ def test_a_text_that_ends_before_says_so_and_where_each_label_is(profile):
     assert result.code == 0
     assert (said["reached"], said["overlap"]) == (False, 1.0)
     assert saved.tokens.tolist() == [1024, 1024]
-    assert "the text ended before an overlap of 1.0 was reached" in result.out
+    assert "the text or --max-tokens ended before an overlap of 1.0 was reached" in result.out
     assert f"en {said['announced']['en']:.3f} at 1,024 tokens" in result.out
 
 
 def test_a_text_of_too_few_rows_says_so(profile):
     result, path = profile("--until-stable", 0.9, "--max-tokens", 64)
     assert result.code == 0
-    assert "the text ended before every label had a row for each shard" in result.out
+    assert (
+        "the text or --max-tokens ended before every label had a row for each shard" in result.out
+    )
     assert lf.Profile.load(path).metadata["until_stable"]["announced"] is None
 
 
@@ -96,3 +100,18 @@ def test_what_can_not_be_meant_is_refused(profile, options, labels, message):
     assert result.code == 2
     assert message in result.err
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("s.svg", "-o .*s.svg is a file of --figure"), ("p.safetensors", "is the profile to read")],
+)
+def test_nothing_is_written_over_by_its_own_command(lapefast, tmp_path, output, message):
+    (tmp_path / "p.safetensors").write_bytes(b"kept")
+    result = lapefast(
+        "stability", tmp_path / "p.safetensors", "-o", tmp_path / output,
+        "--figure", tmp_path / "s.png",
+    )  # fmt: skip
+    assert result.code == 2
+    assert re.search(message, result.err.replace("\n", ""))
+    assert (tmp_path / "p.safetensors").read_bytes() == b"kept"

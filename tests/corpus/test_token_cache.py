@@ -93,6 +93,18 @@ def test_a_text_that_is_not_read_to_its_end_is_not_kept(file, cache, tokenizer) 
     assert not list(cache.glob("*.tmp"))
 
 
+def test_a_text_that_became_shorter_than_where_it_goes_on_is_refused_each_time(
+    file, cache, tokenizer
+) -> None:
+    corpus = Corpus("en", str(file), tokenizer, token_cache=cache)
+    rows = len(taken(corpus, SEQ_LEN))
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=f"only {rows} rows of {SEQ_LEN} in it, not {rows + 5}"
+        ):
+            taken(corpus, SEQ_LEN, start=rows + 5)
+
+
 def test_filling_reads_what_a_pass_would(file, cache, tokenizer, tokenised) -> None:
     corpus = Corpus("en", str(file), tokenizer, token_cache=cache)
     corpus.fill_cache(SEQ_LEN, 320)
@@ -112,8 +124,9 @@ def test_filling_reads_what_a_pass_would(file, cache, tokenizer, tokenised) -> N
         lambda file, options: options.update(special_tokens=False),
         lambda file, options: options.update(document="file"),
         lambda file, options: options["tokenizer"].add_tokens(["language"]),
+        lambda file, options: setattr(options["tokenizer"], "split_special_tokens", True),
     ],
-    ids=["text", "time", "special tokens", "document", "tokenizer"],
+    ids=["text", "time", "special tokens", "document", "tokenizer", "split special tokens"],
 )
 def test_what_changes_the_ids_is_read_anew(file, cache, vocabulary, tokenised, change) -> None:
     from transformers import PreTrainedTokenizerFast

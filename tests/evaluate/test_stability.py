@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from functools import partial
 
 import pytest
@@ -184,6 +185,28 @@ def test_a_warning_of_the_detector_is_said_once(caplog):
         stability(counted(), few)
     assert len(caplog.records) == 1
     assert logging.getLogger("lapefast.detect").level == logging.NOTSET
+
+
+def test_the_warning_comes_back_after_threads_that_ask_at_once():
+    both = threading.Barrier(2)
+
+    def select(profile):
+        if list(profile.statistics) == ["counts"]:
+            both.wait(30)
+        return LAPE(profile)
+
+    threads = [threading.Thread(target=stability, args=(counted(), select)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logging.getLogger("lapefast.detect").level == logging.NOTSET
+
+
+def test_nothing_selected_is_not_stable():
+    until = UntilStable(0.5, partial(lf.detect.lape, top_rate=0.0001))
+    assert not until(counted())
+    assert until.stability.neurons.tolist() == [0, 0, 0]
 
 
 def test_the_warning_comes_back_after_an_error():

@@ -169,3 +169,41 @@ def test_an_adapted_model_is_profiled_and_steered_under_the_plain_models_names(
         disabled = profiled(model)
     for site in before.sites:
         assert torch.equal(disabled.counts[site], before.counts[site])
+
+
+def on_attention(model, seed):
+    """The model with an adapter where no FFN's projection has one."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+
+def test_models_that_differ_before_their_ffns_alone_are_kept_apart(saved, tmp_path):
+    def base():
+        return load_model(saved("llama"), "float32", "cpu")
+
+    adapted, other = on_attention(base(), 1), on_attention(base(), 2)
+    first, second = profiled(adapted), profiled(other)
+    assert first.fingerprint == second.fingerprint == profiled(base()).fingerprint
+    with adapted.disable_adapter():
+        disabled = profiled(adapted)
+    merged = profiled(on_attention(base(), 1).merge_and_unload())
+    for one in (profiled(base()), second, disabled, merged):
+        with pytest.raises(InputError, match="have the same last projections, but other weights"):
+            first + one
+    options = {"batch_size": 4, "progress": False, "resume": tmp_path / "run"}
+    lf.profile(adapted, CORPORA, **options)
+    for one in (base(), other):
+        with pytest.raises(InputError, match="weights: [0-9a-f]{12} there, [0-9a-f]{12} here"):
+            lf.profile(one, CORPORA, **options)
+    lf.profile(on_attention(base(), 1), CORPORA, **options)
+
+
+def test_a_learned_prompt_is_refused_as_it_would_not_be_read(saved):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(load_model(saved("llama"), "float32", "cpu"), config)
+    with pytest.raises(InputError, match="puts a learned prompt before every text"):
+        profiled(model)

@@ -60,6 +60,10 @@ def test_what_does_not_belong_together_is_refused():
     for other, way in (
         (part(part=(2, 4)), "part 2 of 4 .batches of 2 rows of 12"),
         (part(part=(2, 3), batch_size=3), "part 2 of 3 .batches of 3 rows of 12"),
+        (
+            part(part=(2, 3), max_tokens=120),
+            "part 2 of 3 .batches of 2 rows of 12, max_tokens 120",
+        ),
     ):
         with pytest.raises(InputError, match=f"were not made in one way .* and {way}"):
             first + other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 
 import lapefast as lf
 from lapefast.errors import InputError, RunStopped
+from lapefast.evaluate import UntilStable
 from lapefast.models import bare_model
 from lapefast.profiling.signals import Signals
 from lapefast.profiling.state import RunDirectory
@@ -316,6 +318,24 @@ def test_other_arguments_are_refused_and_named(model, tmp_path, change, message)
         profiled(model, **{"resume": tmp_path / "run", **change})
     assert str(caught.value).count(" there") == message.count(" there")
     assert_equal(profiled(model, resume=tmp_path / "run"), profiled(model))
+
+
+def test_another_question_is_refused_and_named(model, tmp_path):
+    options = {"statistics": ("counts", "shard_counts"), "resume": tmp_path / "run"}
+    with Breaks(model, 7, Broken()), pytest.raises(Broken):
+        profiled(model, until=UntilStable(0.99), **options)
+    more = UntilStable(0.99, functools.partial(lf.detect.lape, top_rate=0.3))
+    for until, here in ((more, "overlap=0.99, select=lape, top_rate=0.3"), (None, "None")):
+        with pytest.raises(
+            InputError, match=f"until: overlap=0.99, select=lape there, {here} here"
+        ):
+            profiled(model, until=until, **options)
+
+
+def test_what_is_wrong_with_a_limit_is_said_before_anything_is_saved(model, tmp_path):
+    with pytest.raises(InputError, match="max_tokens=10 is less than one row of 12"):
+        profiled(model, max_tokens=10, resume=tmp_path / "run")
+    profiled(model, max_tokens=24, resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["dtype", "edits"])
