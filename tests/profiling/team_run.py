@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,22 @@ def a_problem_of_one_ends_all_in_a_saved_state(directory: Path, group) -> None:
     )
 
 
+def a_signal_that_one_hears_stops_all(directory: Path, group) -> None:
+    run = directory / "one-stops"
+    model = run_inputs.model()
+    last = dist.get_world_size() - 1
+    heard = RunStopped(signal.SIGTERM) if dist.get_rank() == last else None
+    with Breaks(model, 4, heard) if heard else nullcontext():
+        expect(
+            RunStopped,
+            f"stopped by SIGTERM; {12 * 2 * 2 * (last + 1)} tokens are counted and saved",
+            lambda: profiled(model, ROWS, resume=run, process_group=group),
+        )
+    same_counts(
+        profiled(model, ROWS, resume=run, process_group=group), profiled(run_inputs.model(), ROWS)
+    )
+
+
 def one_that_runs_out_of_memory_halves_its_rows(directory: Path, group) -> None:
     model = run_inputs.model()
     if dist.get_rank() == 0:
@@ -150,6 +167,7 @@ def main(directory: Path) -> None:
         counts_are_those_of_one_process,
         a_run_goes_on_with_another_number_of_processes,
         a_problem_of_one_ends_all_in_a_saved_state,
+        a_signal_that_one_hears_stops_all,
         one_that_runs_out_of_memory_halves_its_rows,
         what_the_first_refuses_all_refuse,
         the_first_fills_the_token_cache_for_all,
