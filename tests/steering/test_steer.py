@@ -4,6 +4,7 @@ import plain
 import pytest
 import torch
 from families import IDS, VOCABULARY, by_name, shared
+from torch import nn
 
 import lapefast as lf
 from lapefast import models, ops
@@ -218,6 +219,59 @@ def test_generation_runs_with_the_edit(name):
         assert torch.equal(model.generate(IDS, **options), expected)
     assert torch.equal(model.generate(IDS, **options), plain_text)
     assert int(expected.max()) < VOCABULARY
+
+
+def _hooked(projection):
+    projection.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _hooked_before(projection):
+    projection.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def _with_a_forward_of_its_own(projection):
+    forward = projection.forward
+    projection.forward = lambda x: forward(x) - 1
+
+
+def _parametrised(projection):
+    nn.utils.parametrizations.weight_norm(projection)
+    projection.parametrizations.weight.original0.data *= 2
+
+
+def _with_a_weight_that_is_no_parameter(projection):
+    weight = projection.weight.detach() * 3
+    del projection.weight
+    projection.weight = weight
+
+
+def _with_a_bias_that_is_no_parameter(projection):
+    del projection.bias
+    projection.bias = torch.linspace(-1, 1, projection.out_features, dtype=projection.weight.dtype)
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        _hooked, _hooked_before, _with_a_forward_of_its_own, _parametrised,
+        _with_a_weight_that_is_no_parameter, _with_a_bias_that_is_no_parameter,
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_what_others_make_of_a_projection_holds_while_steered(part, changed, dtype):
+    family = by_name("llama")
+    model = family.build(dtype)
+    before = family.call(model)
+    for site in family.sites:
+        changed(model.model.get_submodule(f"{site}.{part}"))
+    assert not plain.same(family.call(model), before)
+
+    def silenced(activation):
+        activation[..., NEURONS] = 0
+
+    edit = lf.deactivate(everywhere(family))
+    assert plain.same(steered(family, model, edit), by_hook(family, model, silenced))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
