@@ -27,8 +27,7 @@ def test_the_demos_prompts_are_in_the_languages_of_its_model():
     assert prompts == demo.prompts(6)
     identify = LanguageIdentifier(demo.LANGUAGES)
     right = sum(identify(one) == label for label in prompts for one in prompts[label])
-    # Of 42; some beginnings are a date or a name or two, and which ones changes with babel's data.
-    assert right >= 30
+    assert right >= 36  # of 42; some beginnings are a date or a name or two
 
 
 def test_short_texts_are_told_apart_better_among_the_labels_alone():
