@@ -26,6 +26,8 @@ from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
 from lapefast.models.traces import SITE, Replaced
 
+_LINEAR = nn.Linear.forward  # unless somebody replaced it for every layer
+
 
 @dataclass
 class SiteStatistics:
@@ -276,7 +278,8 @@ def _projected(projection: nn.Module, x: Tensor) -> Tensor:
     before its forward begins.
     """
     parameters = projection._parameters
-    if _makes_new(projection) and "weight" in parameters and "bias" in parameters:
+    plain = _makes_new(projection) and nn.Linear.forward is _LINEAR
+    if plain and "weight" in parameters and "bias" in parameters:
         return functional.linear(x, parameters["weight"], parameters["bias"])
     return projection(x)
 

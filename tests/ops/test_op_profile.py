@@ -18,6 +18,8 @@ from op_cases import (
 
 from lapefast import ops
 from lapefast.errors import InputError
+from lapefast.ops import declarations
+from lapefast.ops.backends import cpu
 
 # n float32 additions err by at most n 2^-24 of the sum of magnitudes. At most 64 rows are added in
 # float32; a square is rounded once before.
@@ -270,6 +272,20 @@ WRONG = {
     "backend": ({"backend": "fpga"}, "backend must be one of auto, "),
     "up_abs_sums without up": ({"up": None}, "up_abs_sums needs up"),
 }
+
+
+def test_on_a_cpu_the_library_s_own_check_is_the_only_one(monkeypatch, device):
+    if torch.device(device).type != "cpu" or cpu.why_not("cpu"):
+        pytest.skip("the C++ kernels do not serve here; `make test` has a CPU and them")
+
+    def check(*arguments):
+        raise AssertionError("checked twice")
+
+    monkeypatch.setattr(declarations, "check_statistics", check)
+    gate, up = LAYOUTS["contiguous"](torch.bfloat16)
+    tally = Tally(1, 40)
+    run_profile(gate, up, "silu", None, tally, backend="cpu")
+    assert tally.counts.any()
 
 
 @pytest.mark.parametrize("wrong", WRONG)

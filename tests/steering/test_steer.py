@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import plain
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import lapefast as lf
 from lapefast import models, ops
 from lapefast.errors import InputError
+from lapefast.models import placed
 from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
 
@@ -272,6 +275,32 @@ def test_what_others_make_of_a_projection_holds_while_steered(part, changed, dty
 
     edit = lf.deactivate(everywhere(family))
     assert plain.same(steered(family, model, edit), by_hook(family, model, silenced))
+
+
+@torch.no_grad()
+def test_plain_projections_are_called_by_their_function(monkeypatch, dtype):
+    model, calls = by_name("llama").build(dtype), []
+
+    def linear(x, weight, bias):
+        calls.append(weight)
+        return nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(placed, "functional", SimpleNamespace(linear=linear))
+    with lf.steer(model, lf.deactivate(everywhere(by_name("llama")))):
+        calls.clear()
+        model(IDS)
+        expected = [
+            one.weight
+            for layer in model.model.layers
+            for one in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        ]
+        assert len(calls) == len(expected)
+        assert all(mine is other for mine, other in zip(calls, expected, strict=True))
+        forward = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 2)
+        calls.clear()
+        model(IDS)
+        assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
