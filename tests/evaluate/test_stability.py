@@ -188,18 +188,23 @@ def test_a_warning_of_the_detector_is_said_once(caplog):
 
 
 def test_the_warning_comes_back_after_threads_that_ask_at_once():
-    both = threading.Barrier(2)
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
 
-    def select(profile):
-        if list(profile.statistics) == ["counts"]:
-            both.wait(30)
-        return LAPE(profile)
+    def ask(entered, waited_for):
+        def select(profile):
+            if list(profile.statistics) == ["counts"]:  # some of the shards, without warnings
+                entered.set()
+                assert waited_for.wait(60)
+            return LAPE(profile)
 
-    threads = [threading.Thread(target=stability, args=(counted(), select)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        stability(counted(), select)
+
+    # The first to enter leaves first.
+    second = threading.Thread(target=lambda: first_in.wait(60) and ask(second_in, first_out))
+    second.start()
+    ask(first_in, second_in)
+    first_out.set()
+    second.join()
     assert logging.getLogger("lapefast.detect").level == logging.NOTSET
 
 
