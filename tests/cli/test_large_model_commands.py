@@ -32,7 +32,7 @@ def expected(made):
 
 @pytest.mark.parametrize("device_map", ["auto", json.dumps(DISK)], ids=["auto", "disk"])
 def test_a_device_map_changes_no_bit(lapefast, command, expected, tmp_path, device_map):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed; the extra test lifts it")
     path = tmp_path / "p.safetensors"
     assert lapefast(*command(path, "--device-map", device_map)).code == 0
     found = lf.Profile.load(path)
@@ -44,7 +44,9 @@ def test_a_device_map_changes_no_bit(lapefast, command, expected, tmp_path, devi
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_a_quantised_model_is_profiled(lapefast, command, expected, tmp_path, bits):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed; the extra test lifts it"
+    )
     path = tmp_path / "p.safetensors"
     assert lapefast(*command(path, "--device", "cpu", "--quantization", bits)).code == 0
     found = lf.Profile.load(path)

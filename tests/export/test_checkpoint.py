@@ -143,7 +143,7 @@ def test_what_can_not_be_folded_leaves_no_directory(name, edit, message, tmp_pat
 
 
 def test_a_model_with_an_adapter_is_refused(tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     model = by_name("llama").build()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for one in (adapted, model):

@@ -16,7 +16,7 @@ import lapefast as lf
 from lapefast.errors import InputError
 from lapefast.models.structure import find_ffns
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
+peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
 
 NEURONS = [0, 3, 20, 31, 32, 50, 51]
 NAMES = ["llama", "gpt2", "opt", "phi3", "gemma", "t5", "t5-v1.1", "falcon-h1", "bert", "albert",

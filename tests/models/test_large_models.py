@@ -85,7 +85,7 @@ def assert_steered_as_by_hooks(name, model):
 @pytest.mark.parametrize("where", MAPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_offloaded_model_is_profiled_and_steered_like_one_in_memory(saved, name, where, dtype):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed; the extra test lifts it")
     model = load_model(saved(name), dtype, device_map=MAPS[where])
     kinds = {parameter.device.type for parameter in model.parameters()}
     assert ("meta" in kinds) == ("disk" in where)
@@ -100,7 +100,7 @@ def test_an_offloaded_model_is_profiled_and_steered_like_one_in_memory(saved, na
 
 @pytest.mark.parametrize("text", ["{model: cpu}", '{"model": '])
 def test_a_device_map_that_can_not_be_read_is_refused(saved, text):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed; the extra test lifts it")
     with pytest.raises(InputError, match="is not JSON"):
         load_model(saved("llama"), device_map=text)
 
@@ -110,7 +110,9 @@ def test_a_device_map_that_can_not_be_read_is_refused(saved, text):
 
 @pytest.fixture(params=["8bit", "4bit"])
 def bits(request):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed; the extra test lifts it"
+    )
     return request.param
 
 
@@ -142,7 +144,7 @@ def test_a_quantised_model_is_steered_as_by_hooks(saved, name, bits):
 
 
 def adapted(name, model):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     owner = models.bare_model(model).layers[0].mlp
     targets = [path for path, _ in owner.named_children() if path[-4:] in ("proj", "c_fc")]
     with torch.random.fork_rng():
@@ -156,7 +158,9 @@ def test_an_adapted_model_is_profiled_and_steered_under_the_plain_models_names(
     saved, name, quantization
 ):
     if quantization:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        pytest.importorskip(
+            "bitsandbytes", reason="bitsandbytes is not installed; the extra test lifts it"
+        )
     base = load_model(saved(name), "bfloat16", "cpu", quantization=quantization)
     before = profiled(base)
     model = adapted(name, base)
@@ -173,7 +177,7 @@ def test_an_adapted_model_is_profiled_and_steered_under_the_plain_models_names(
 
 def on_attention(model, seed):
     """The model with an adapter where no FFN's projection has one."""
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -201,8 +205,19 @@ def test_models_that_differ_before_their_ffns_alone_are_kept_apart(saved, tmp_pa
     lf.profile(on_attention(base(), 1), CORPORA, **options)
 
 
+def test_adapters_of_several_kinds_are_an_adapted_model(saved):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
+    base = load_model(saved("llama"), "float32", "cpu")
+    before = profiled(base)
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+    adapted = profiled(peft.get_peft_model(base, config, mixed=True).eval())
+    assert adapted.site_info == before.site_info
+    with pytest.raises(InputError, match="other weights or adapters"):
+        before + adapted
+
+
 def test_a_learned_prompt_is_refused_as_it_would_not_be_read(saved):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(load_model(saved("llama"), "float32", "cpu"), config)
     with pytest.raises(InputError, match="puts a learned prompt before every text"):

@@ -37,7 +37,9 @@ def assert_counts(profile, expected):
 
 
 def offloaded(name, how):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerate = pytest.importorskip(
+        "accelerate", reason="accelerate is not installed; the extra test lifts it"
+    )
     model = by_name(name).build(torch.bfloat16)
     if how == "hook":
         for module in model.modules():
@@ -77,7 +79,7 @@ def test_hooks_of_accelerate_keep_running(name, how):
 
 
 def adapted(name, targets, **options):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     model = by_name(name).build(torch.bfloat16)
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -162,7 +162,9 @@ def rewritten(saved, change):
     saved.write_bytes(seal(header, data))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the file that fails is Linux's")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="/proc/self/mem, which fails when read, is there on Linux alone"
+)
 def test_a_file_that_opens_and_cannot_be_read_is_said():
     # Nothing is mapped at address 0, which is the first byte of this.
     message = r"cannot be read to its end \(Input/output error\); copy it anew"

@@ -333,14 +333,16 @@ def clamped():
 
 
 def adapted():
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     return peft.get_peft_model(
         by_name("llama").build(), peft.LoraConfig(r=2, target_modules=["down_proj"])
     )
 
 
 def offloaded():
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerate = pytest.importorskip(
+        "accelerate", reason="accelerate is not installed; the extra test lifts it"
+    )
     model = by_name("llama").build()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     return model
