@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-JOBS ?= 2
+export JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 # A changed torch requirement makes another stamp, and so another installation.
@@ -20,9 +20,11 @@ BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 demo: $(VENV)/.ready
 	$(BIN)/lapefast demo --output demo-output
 
-# Threads that wait without spinning: tests share the machine with whatever else it runs.
-test test-covered test-long fuzz test-sanitizers test-cuda-on-cpu test-triton test-transformers4 test-vllm \
-	test-wheel: export OMP_WAIT_POLICY ?= PASSIVE
+# A file of tests at a time to each of JOBS processes, whose threads wait without spinning.
+TESTED := test test-covered test-long fuzz test-sanitizers test-cuda-on-cpu test-triton test-wheel \
+	test-transformers4 test-vllm
+$(TESTED): export PYTEST_ADDOPTS ?= --numprocesses=$(JOBS) --dist=loadfile
+$(TESTED): export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not long"

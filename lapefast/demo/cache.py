@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,10 +69,11 @@ def load(progress: bool = True, recipe: Recipe | None = None) -> Demo:
     """
     recipe = recipe or Recipe()
     entry = cache_directory() / f"demo-{_key(recipe)}"
-    demo = _read(entry)
-    if demo is None:
-        _build(recipe, entry, progress)
+    with _alone(entry.parent):
         demo = _read(entry)
+        if demo is None:
+            _build(recipe, entry, progress)
+            demo = _read(entry)
     if demo is None:
         raise InputError(f"the demo model was written to {entry} but cannot be read from there")
     return demo
@@ -146,16 +148,25 @@ def _read(entry: Path) -> Demo | None:
 
 
 @contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """The cache directory for one process at a time: who comes second finds the model made."""
+    with _writable(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(cache, os.O_RDONLY)
+    try:
+        # Where the file system can't lock, both make it, and either's is good.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def _aside(entry: Path) -> Iterator[Path]:
     """A directory that takes the entry's place once it is complete."""
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(entry.parent):
         directory = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
-    except OSError as error:
-        raise InputError(
-            f"the cache directory {entry.parent} cannot be written ({error.strerror}); set "
-            "LAPEFAST_CACHE to one that can"
-        ) from error
     try:
         yield directory
         shutil.rmtree(entry, ignore_errors=True)
@@ -167,6 +178,17 @@ def _aside(entry: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _writable(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the cache directory {cache} cannot be written ({error.strerror}); set "
+            "LAPEFAST_CACHE to one that can"
+        ) from error
 
 
 def _files(directory: Path) -> list[Path]:

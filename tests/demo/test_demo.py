@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from lapefast import demo
-from lapefast.demo.model import Recipe
+from lapefast.demo.model import Recipe, train_model
 from lapefast.errors import InputError
 
 TINY = Recipe(
@@ -45,6 +48,30 @@ def test_it_is_trained_once(cache, monkeypatch):
     assert torch.equal(weights(first), weights(second))
     assert first.train == second.train
     assert [path.parent.parent.parent for path in second.valid.values()] == [cache] * 7
+
+
+def test_it_is_trained_once_for_two_who_come_together(cache, monkeypatch):
+    trained = []
+
+    def train(*arguments):
+        trained.append(None)
+        time.sleep(0.3)
+        return train_model(*arguments)
+
+    monkeypatch.setattr("lapefast.demo.cache.train_model", train)
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda _: demo.load(progress=False, recipe=TINY), range(2))
+        first, second = map(weights, made)
+    assert len(trained) == 1
+    assert torch.equal(first, second)
+
+
+def test_a_cache_that_cannot_be_locked_serves(cache, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    assert demo.load(progress=False, recipe=TINY).directory.is_dir()
 
 
 def test_the_same_recipe_gives_the_same_model(cache, tmp_path, monkeypatch):
