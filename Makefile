@@ -12,6 +12,8 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 
 PYTEST := $(BIN)/python -m pytest --timeout=300
+# The trained model of the tests, on all cores before they share them; a second where it is there.
+DEMO_MODEL := $(BIN)/python -c "from lapefast import demo; demo.load()"
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
 .PHONY: demo test test-covered test-all test-long fuzz test-cpp test-sanitizers test-cuda-on-cpu test-triton \
@@ -27,6 +29,7 @@ $(TESTED): export PYTEST_ADDOPTS ?= --numprocesses=$(JOBS) --dist=loadfile
 $(TESTED): export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/.ready
+	$(DEMO_MODEL)
 	$(PYTEST) -m "not long"
 
 # `test`, and after it the lines of lapefast/ that ran; fails where a sentence about bad input did
@@ -34,6 +37,7 @@ test: $(VENV)/.ready
 test-covered: $(VENV)/.ready
 	rm -f build/coverage build/coverage.*
 	mkdir -p build
+	$(DEMO_MODEL)
 	$(BIN)/python -m coverage run -m pytest --timeout=300 -m "not long"
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from inputs import EDITED
-from models import TINY, Llama, Shape, build
+from models import TINY, Llama, Shape, build, multiplies_bfloat16
 from timing import median_interval
 from torch import Tensor, nn
 
@@ -73,7 +73,9 @@ def _model(name: str, llama: Llama, device: str, quick: bool) -> tuple[str, nn.M
     if device == "cuda" or quick:
         return f"{llama.shape.name}, bf16", llama.model
     shape = Shape("100M Llama", 1, 1, 768, 2048, 10, 12, 12, 20000)
-    return f"{shape.name}, bf16", build(shape, device).model
+    if multiplies_bfloat16(device):
+        return f"{shape.name}, bf16", build(shape, device).model
+    return f"{shape.name}, float32", build(shape, device, torch.float32).model
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -97,7 +99,7 @@ def _zero_products(model: nn.Module, edits: list[lf.Edit]) -> None:
         for row, edit in enumerate(edits):
             kept[row, 0, edit.tables[site.name][0].to(kept.device)] = 0
 
-        mask = functools.partial(_masked, kept.bfloat16())
+        mask = functools.partial(_masked, kept.to(layer.mlp.down_proj.weight.dtype))
         layer.mlp.down_proj.register_forward_pre_hook(mask)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SHAPES, TINY, Llama, build
+from models import SHAPES, TINY, Llama, build, multiplies_bfloat16
 from reporting import Bench, Results, device_name, quartiles
 from timing import Given, Timings, seconds_per_call
 
@@ -90,6 +90,8 @@ def limits(request, device, quick, _two_threads) -> Limits:
     bench = request.config.stash[_RESULTS].bench("limits")
     length = 1 << (20 if quick else 30)
     side = 64 if quick else {"cpu": 2048, "cuda": 8192}[device]
+    if not quick and not multiplies_bfloat16(device):
+        side = 512
     source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))

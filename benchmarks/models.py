@@ -74,7 +74,12 @@ class Llama:
         return 2 * self.tokens * weights + attention
 
 
-def build(shape: Shape, device: str) -> Llama:
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether PyTorch has fast matrix products for it; else they take hundreds of times as long."""
+    return device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> Llama:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=shape.hidden,
@@ -86,7 +91,7 @@ def build(shape: Shape, device: str) -> Llama:
         max_position_embeddings=2048,
     )
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         ids = [torch.randint(shape.vocabulary, (shape.rows, shape.length)) for _ in range(4)]
     return Llama(shape, model, ids)
 

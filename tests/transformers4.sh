@@ -10,5 +10,7 @@ $venv/bin/python -m pip install --quiet "$TORCH"
 # The native library that .venv built stands in the tree and serves here too.
 LAPEFAST_BUILD_NATIVE=0 $venv/bin/python -m pip install --quiet "transformers==4.57.*" "$data" \
     --editable '.[test]'
+# The trained model, on all cores before the tests share them.
+$venv/bin/python -c "from lapefast import demo; demo.load()"
 $venv/bin/python -m pytest --timeout=300 -m "not long" tests/models tests/recording tests/steering \
     tests/profiling tests/evaluate tests/engines

@@ -8,22 +8,25 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/source"
 git ls-files -z --cached --others --exclude-standard | xargs -0 tar -cf - | tar -xf - -C "$work/source"
 
-check() { # environment, wheel, what to run
-    "$PYTHON" -m venv "$1"
-    "$1/bin/python" -m pip install --quiet "$TORCH"
-    "$1/bin/python" -m pip install --quiet "$2[test]"
-    (cd "$work" && "$1/bin/lapefast" doctor && "$1/bin/python" -m pytest --timeout=300 -q -p no:cacheprovider \
-        --rootdir "$root" -c "$root/pyproject.toml" -m "not long" $3)
+venv=$work/venv
+"$PYTHON" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet "$TORCH"
+
+check() { # wheel, what to run
+    "$venv/bin/python" -m pip install --quiet "$1[test]"
+    (cd "$work" && "$venv/bin/lapefast" doctor && "$venv/bin/python" -m pytest --timeout=300 -q -p no:cacheprovider \
+        --rootdir "$root" -c "$root/pyproject.toml" -m "not long" $2)
 }
 
 echo "wheel with the native library"
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/native" "$work/source"
-check "$work/venv-native" "$(ls "$work"/native/lapefast-*.whl)" \
+check "$(ls "$work"/native/lapefast-*.whl)" \
     "$root/tests/ops $root/tests/properties $root/tests/neurons $root/tests/profiles
     $root/tests/corpus $root/tests/steering $root/tests/cli $root/tests/test_build.py
     $root/tests/test_files.py $root/tests/recording $root/tests/test_concurrency.py"
-"$work/venv-native/bin/python" "$root/tests/wheel_smoke.py"
+"$venv/bin/python" "$root/tests/wheel_smoke.py"
 
 echo "wheel without it"
 LAPEFAST_BUILD_NATIVE=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/pure" "$work/source"
-check "$work/venv-pure" "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/recording"
+"$venv/bin/python" -m pip uninstall --quiet --yes lapefast
+check "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/recording"

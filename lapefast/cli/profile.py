@@ -116,11 +116,13 @@ def profile(
     measured = [name.strip() for name in statistics.split(",")]
     until = None
     if until_stable is not None:
-        from lapefast.detect import lape as select
+        from lapefast.detect.lape import check_rates
+        from lapefast.detect.lape import lape as select
         from lapefast.evaluate import UntilStable
 
         if len(corpora) < 2:
             raise InputError("--until-stable compares labels; give the --corpus of two or more")
+        check_rates(lape.top_rate, lape.filter_rate, lape.activation_bar_ratio)
         until = UntilStable(until_stable, partial(select, **asdict(lape)))
         measured.append("shard_counts")
     elif lape != methods.LapeOptions():

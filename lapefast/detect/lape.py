@@ -14,7 +14,7 @@ from lapefast.neurons.layout import Key, Layout
 from lapefast.neurons.sets import NeuronSets
 from lapefast.profiles import Over, Profile
 
-__all__ = ["Criteria", "criteria", "lape"]
+__all__ = ["Criteria", "check_rates", "criteria", "lape"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,18 @@ def criteria(
     return Criteria(values, entropy, qualifies.numpy(), least, bar, cut)
 
 
+def check_rates(top_rate: float, filter_rate: float, activation_bar_ratio: float) -> None:
+    """Raises InputError unless each is over 0 and at most 1, which needs no profile to tell."""
+    rates = {
+        "top_rate": top_rate,
+        "filter_rate": filter_rate,
+        "activation_bar_ratio": activation_bar_ratio,
+    }
+    for name, rate in rates.items():
+        if not 0 < rate <= 1:
+            raise InputError(f"{name} must be over 0 and at most 1, got {rate}")
+
+
 def _select(
     profile: Profile,
     form: Literal["paper", "released"],
@@ -143,14 +155,7 @@ def _select(
             "LAPE compares labels and needs at least two, but the profile has only "
             f"{profile.labels[0]!r}; add a profile of another label to it"
         )
-    rates = {
-        "top_rate": top_rate,
-        "filter_rate": filter_rate,
-        "activation_bar_ratio": activation_bar_ratio,
-    }
-    for name, rate in rates.items():
-        if not 0 < rate <= 1:
-            raise InputError(f"{name} must be over 0 and at most 1, got {rate}")
+    check_rates(top_rate, filter_rate, activation_bar_ratio)
     if form not in ("paper", "released"):
         raise InputError(f"form must be 'paper' or 'released', got {form!r}")
 

@@ -103,11 +103,17 @@ class RunDirectory:
             InputError: it cannot be written; then the state saved before stands.
         """
         held = {name: tensor.to("cpu") for name, tensor in tensors.items()}
-        _FILE.write(
-            self.path / _SLOTS[(self._saves + 1) % len(_SLOTS)],
-            held,
-            {"saves": self._saves + 1, "run": dict(about), "tensors": list(held)},
-        )
+        slot = self.path / _SLOTS[(self._saves + 1) % len(_SLOTS)]
+        content = {"saves": self._saves + 1, "run": dict(about), "tensors": list(held)}
+        try:
+            _FILE.write(slot, held, content)
+        except InputError as error:
+            if not self._saves:
+                raise
+            raise InputError(
+                f"{error}; what was counted before stands in {self.path}: mend that and give the "
+                "same call to go on from there"
+            ) from error
         self._saves += 1
 
 

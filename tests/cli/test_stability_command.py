@@ -92,6 +92,7 @@ def test_a_text_of_too_few_rows_says_so(profile):
     [
         (["--until-stable", 0.9], ["en"], "give the --corpus of two or more"),
         (["--until-stable", 1.5], ["en", "zh"], "must be over 0 and at most 1, got 1.5"),
+        (["--until-stable", 0.9, "--top-rate", 2], ["en", "zh"], "top_rate must be over 0 and at"),
         (["--top-rate", 0.2], ["en", "zh"], "LAPE's options are for --until-stable"),
     ],
 )

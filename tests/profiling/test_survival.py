@@ -234,15 +234,27 @@ def test_a_full_disk_leaves_the_state_saved_before(model, tmp_path, monkeypatch)
         replace(*given)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match=r"cannot write .*: no space left on device"):
+    with pytest.raises(InputError, match=r"cannot write .*: no space left on device") as caught:
         profiled(model, resume=tmp_path / "run")
     monkeypatch.undo()
+    assert f"what was counted before stands in {tmp_path / 'run'}" in str(caught.value)
     assert sorted(one.name for one in (tmp_path / "run").iterdir()) == [
         "lock",
         "state-0.safetensors",
         "state-1.safetensors",
     ]
     assert_equal(profiled(model, resume=tmp_path / "run"), profiled(model))
+
+
+def test_a_full_disk_at_the_first_state_promises_none(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="cannot write .*: no space left on device") as caught:
+        profiled(model, resume=tmp_path / "run")
+    assert "before" not in str(caught.value)
+    assert [one.name for one in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("harm", [lambda data: data[:-9], lambda data: b"", bytearray.__len__])
