@@ -37,6 +37,7 @@ def test_sweep(contest, report, device, quick, prompts, bar):
     """All 49 pairs of the demo model's languages, greedy, in float32."""
     made = demo.load(progress=False, recipe=_TINY if quick else None)
     model = made.model.to(device)
+    labels = list(demo.LANGUAGES)[: 2 if quick else None]
     # How many neurons an edit holds, and which, costs next to nothing beside the model.
     layout, generator = Layout(()).bind(model), torch.Generator().manual_seed(0)
     sets = NeuronSets(
@@ -45,7 +46,7 @@ def test_sweep(contest, report, device, quick, prompts, bar):
                 site: torch.randperm(width, generator=generator)[: width // 64]
                 for site, width in layout.widths.items()
             }
-            for label in demo.LANGUAGES
+            for label in labels
         },
         layout,
     )

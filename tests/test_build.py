@@ -29,6 +29,7 @@ def test_kernels_of_an_instruction_set_share_no_symbol_with_other_units(tmp_path
             "-B",
             tmp_path,
             "-DLAPEFAST_PYTHON=OFF",
+            "-DLAPEFAST_CUDA=OFF",
             "-DCMAKE_BUILD_TYPE=Release",
         ],
         check=True,
