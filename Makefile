@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export JOBS ?= 2
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without compiling every module of every library to bytecode, which takes longer than all else: an
+# import compiles what it needs.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 # A changed torch requirement makes another stamp, and so another installation.
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))

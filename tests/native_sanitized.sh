@@ -2,15 +2,12 @@
 # The Python tests of the native boundary and of the ops, on a native library built with the address
 # and undefined-behaviour sanitizers.
 set -eu
-build=build/native-sanitized
-cmake -S . -B $build -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DLAPEFAST_CUDA=OFF \
-    -DLAPEFAST_SANITIZE=address,undefined >/dev/null
-cmake --build $build --parallel "${JOBS:-2}"
+sh tests/build.sh address,undefined
 # The interpreter was not built with them, so their runtime comes first; and with it the C++ library,
 # in which it looks for what throws. What the interpreter never frees is no leak of ours. Output is
 # caught in Python alone: a sanitizer writes past it and ends the process.
 runtime="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)"
-library=$(ls "$PWD"/$build/_native*.so)
+library=$(ls "$PWD"/build/address-undefined/_native*.so)
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 python -m pytest --timeout=600 --capture=sys \
     -m "not long" tests/properties/test_native_boundary.py tests/properties/test_op_properties.py \
     tests/ops/test_op_native.py tests/ops/test_op_profile.py tests/ops/test_op_edit.py \

@@ -3,7 +3,7 @@
 set -eu
 unset PIP_CONSTRAINT # vLLM has versions of its own
 venv=.venvs/vllm
-pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
+pip="$venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check"
 [ -x $venv/bin/python ] || "$PYTHON" -m venv $venv
 # Torch comes first and from one place. vLLM is built for it, and the libraries that come with a
 # torch of their own are left out: text needs none of them.

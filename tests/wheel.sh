@@ -10,10 +10,10 @@ git ls-files -z --cached --others --exclude-standard | xargs -0 tar -cf - | tar 
 
 venv=$work/venv
 "$PYTHON" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet "$TORCH"
+"$venv/bin/python" -m pip install --no-compile --quiet "$TORCH"
 
 check() { # wheel, what to run
-    "$venv/bin/python" -m pip install --quiet "$1[test]"
+    "$venv/bin/python" -m pip install --no-compile --quiet "$1[test]"
     (cd "$work" && "$venv/bin/lapefast" doctor && "$venv/bin/python" -m pytest --timeout=300 -q -p no:cacheprovider \
         --rootdir "$root" -c "$root/pyproject.toml" -m "not long" $2)
 }

@@ -122,16 +122,19 @@ void run_on_cpu(const Call& call, int threads, void (*op)(const Call&, int)) {
   }
 }
 
+#ifdef LAPEFAST_CUDA_ON_CPU
+// For tests: the GPU's kernels, on a CPU's memory.
+bool cuda_on_cpu = false;
+#endif
+
 // `resource`: how many threads may compute, or on a GPU the stream to queue on.
 template <class Call>
 void run(const Tensor& gate, const Call& call, std::uintptr_t resource,
          void (*on_cpu)(const Call&, int),
          [[maybe_unused]] void (*on_gpu)(const Call&, lapefast::cuda::Stream)) {
 #ifdef LAPEFAST_CUDA_ON_CPU
-  // For tests: the GPU's kernels, on a CPU's memory.
-  (void)on_cpu, (void)run_on_cpu<Call>;
-  return on_gpu(call, {nullptr, static_cast<int>(resource)});
-#else
+  if (cuda_on_cpu) return on_gpu(call, {nullptr, static_cast<int>(resource)});
+#endif
   if (gate.device_type() == lapefast::binding::dlpack::cpu)
     return run_on_cpu(call, static_cast<int>(resource), on_cpu);
 #ifdef LAPEFAST_CUDA
@@ -141,7 +144,6 @@ void run(const Tensor& gate, const Call& call, std::uintptr_t resource,
   }
 #endif
   gate.expect(false, "is on a device that this library was not built for");
-#endif
 }
 
 #ifdef LAPEFAST_CUDA
@@ -223,5 +225,8 @@ PYBIND11_MODULE(_native, module) {
 #ifdef LAPEFAST_CUDA
   module.def("cuda_problem", &lapefast::cuda::problem,
              "Why the CUDA kernels cannot run with the driver of this machine; empty if they can.");
+#endif
+#ifdef LAPEFAST_CUDA_ON_CPU
+  module.def("run_cuda_on_cpu", [] { cuda_on_cpu = true; });
 #endif
 }
