@@ -26,7 +26,9 @@ from lapefast.models.rows import RowIndex
 from lapefast.models.structure import FFN
 from lapefast.models.traces import SITE, Replaced
 
-_LINEAR = nn.Linear.forward  # unless somebody replaced it for every layer
+# Unless somebody replaced them for every layer.
+_LINEAR = nn.Linear.forward
+_CALL = nn.Module.__call__
 
 
 @dataclass
@@ -373,14 +375,26 @@ def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
     """
     form, edits, modules = state.form, state.edits, self._modules
     gate, activation, down = _projected(modules[form.gate], x), modules[form.activation], form.down
-    gate, up = gate.chunk(2, dim=-1) if form.up is None else (gate, _projected(modules[form.up], x))
-    if gate.dtype in state.fused and not _has_hooks(activation):
+    up = None
+    if form.up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    watched = _has_hooks(activation)
+    if gate.dtype in state.fused and not watched:
+        up = _projected(modules[form.up], x) if up is None else up
         return _projected(modules[down], state.product_of(gate, state.kernel, False, up))
-    activated = activation(gate)
-    fresh = activated is not gate and not activation._modules and not _has_hooks(activation)
-    if fresh and ops.straight_edit_(
+    # While the gate is in a cache: before the other projection, as the model does it.
+    plain = not watched and type(activation).__call__ is _CALL
+    if plain and activation._compiled_call_impl is None:
+        activated = activation.forward(gate)
+    else:
+        activated = activation(gate)
+    fresh = activated is not gate and not activation._modules and not watched
+    del gate
+    edited = fresh and ops.straight_edit_(
         activated, edits.sets.tensor, *edits.tables, backend=edits.backend
-    ):
+    )
+    up = _projected(modules[form.up], x) if up is None else up
+    if edited:
         return _projected(modules[down], activated * up)
     return _projected(modules[down], state.product_of(activated, "identity", False, up))
 

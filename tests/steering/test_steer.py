@@ -303,6 +303,33 @@ def test_plain_projections_are_called_by_their_function(monkeypatch, dtype):
         assert not calls
 
 
+@torch.no_grad()
+def test_calls_of_activations_are_heard_by_who_replaced_them(monkeypatch):
+    model, heard = by_name("llama").build(torch.float32), []
+    activations = [layer.mlp.act_fn for layer in model.model.layers]
+    real = nn.Module.__call__
+
+    def call(self, *given, **options):
+        heard.append(self)
+        return real(self, *given, **options)
+
+    def compiled(x):
+        heard.append(activations[0])
+        return activations[0].forward(x)
+
+    with lf.steer(model, lf.deactivate(everywhere(by_name("llama")))):
+        expected = model(IDS).logits
+        assert not heard
+        activations[0]._compiled_call_impl = compiled  # as `module.compile()` leaves it
+        assert torch.equal(model(IDS).logits, expected)
+        assert [*map(id, heard)] == [id(activations[0])]
+        activations[0]._compiled_call_impl = None
+        heard.clear()
+        monkeypatch.setattr(nn.Module, "__call__", call)
+        assert torch.equal(model(IDS).logits, expected)
+        assert {*map(id, activations)} <= {*map(id, heard)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_flow_through_an_edit_as_through_a_hook(dtype):
     family = by_name("llama")
