@@ -32,7 +32,7 @@ def test_decode_with_edits(llama, contest, report, device, quick, batch, name):
         pytest.skip("the demo model says nothing of a GPU, which waits for its launches")
     what, model = _model(name, llama, device, quick)
     edits = [_edit(model, seed) for seed in range(batch)]
-    # All are copies: the attributes of a copied module take longer to find, which a small step shows.
+    # All are copies: attributes of a copied module take longer to find, which a small step shows.
     model, steered, reference = _copy(model), _copy(model), _copy(model)
     _zero_products(reference, edits)
     vocabulary = model.config.vocab_size
