@@ -49,6 +49,7 @@ test-all: test-covered lint test-long test-cpp test-sanitizers test-arm test-cud
 	test-wheel test-transformers4 test-vllm
 
 test-long: $(VENV)/.ready
+	$(DEMO_MODEL)
 	$(PYTEST) -m long
 
 # The property tests on new examples every time: what fails is printed with how to repeat it.
@@ -79,6 +80,7 @@ test-triton: $(VENV)/.ready
 # A wheel from a clean copy, built in isolation, tested in an environment and directory of its own;
 # then the same without the native library.
 test-wheel: $(VENV)/.ready
+	$(DEMO_MODEL)
 	PYTHON=$(CURDIR)/$(BIN)/python TORCH=$(TORCH) sh tests/wheel.sh
 
 test-transformers4: $(VENV)/.ready

@@ -31,3 +31,6 @@ echo "wheel without it"
 LAPEFAST_BUILD_NATIVE=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/pure" "$work/source"
 "$venv/bin/python" -m pip uninstall --quiet --yes lapefast
 check "$(ls "$work"/pure/lapefast-*.whl)" "$root/tests/recording"
+(cd "$work" && "$venv/bin/python" -c "
+from importlib.util import find_spec
+assert find_spec('lapefast') and not find_spec('lapefast._native'), 'the native library is there'")

@@ -69,11 +69,13 @@ def load(progress: bool = True, recipe: Recipe | None = None) -> Demo:
     """
     recipe = recipe or Recipe()
     entry = cache_directory() / f"demo-{_key(recipe)}"
-    with _alone(entry.parent):
-        demo = _read(entry)
-        if demo is None:
-            _build(recipe, entry, progress)
-            demo = _read(entry)
+    demo = _read(entry)
+    if demo is None:
+        with _alone(entry.parent):
+            demo = _read(entry)  # somebody else may have made it by now
+            if demo is None:
+                _build(recipe, entry, progress)
+                demo = _read(entry)
     if demo is None:
         raise InputError(f"the demo model was written to {entry} but cannot be read from there")
     return demo

@@ -28,7 +28,7 @@ from lapefast.models.traces import SITE, Replaced
 
 # Unless somebody replaced them for every layer.
 _LINEAR = nn.Linear.forward
-_CALL = nn.Module.__call__
+_CALL = nn.Module._wrapped_call_impl
 
 
 @dataclass

@@ -307,7 +307,7 @@ def test_plain_projections_are_called_by_their_function(monkeypatch, dtype):
 def test_calls_of_activations_are_heard_by_who_replaced_them(monkeypatch):
     model, heard = by_name("llama").build(torch.float32), []
     activations = [layer.mlp.act_fn for layer in model.model.layers]
-    real = nn.Module.__call__
+    real = nn.Module._call_impl
 
     def call(self, *given, **options):
         heard.append(self)
@@ -319,7 +319,12 @@ def test_calls_of_activations_are_heard_by_who_replaced_them(monkeypatch):
 
     with lf.steer(model, lf.deactivate(everywhere(by_name("llama")))):
         expected = model(IDS).logits
-        assert not heard
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "_call_impl", call)
+            assert torch.equal(model(IDS).logits, expected)
+        assert heard  # other modules, but no activation
+        assert not {*map(id, activations)} & {*map(id, heard)}
+        heard.clear()
         activations[0]._compiled_call_impl = compiled  # as `module.compile()` leaves it
         assert torch.equal(model(IDS).logits, expected)
         assert [*map(id, heard)] == [id(activations[0])]
