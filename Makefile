@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 
 PYTEST := $(BIN)/python -m pytest --timeout=300
-# The trained model of the tests, on all cores before they share them; a second where it is there.
+# The trained model of the tests, on all cores before they share them; seconds where it is there.
 DEMO_MODEL := $(BIN)/python -c "from lapefast import demo; demo.load()"
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 

@@ -30,4 +30,4 @@ EOF
 # The native library that .venv built stands in the tree and serves here too.
 LAPEFAST_BUILD_NATIVE=0 $pip --constraint $venv/constraints.txt \
     --requirement $venv/requirements.txt openai peft pytest pytest-timeout pytest-xdist --editable .
-$venv/bin/python -m pytest --timeout=800 tests/serving
+$venv/bin/python -m pytest --timeout=400 tests/serving

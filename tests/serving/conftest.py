@@ -1,7 +1,7 @@
 """Serving by vLLM, which has an environment of its own: `make test-vllm`.
 
 Engines run in the tests' own process, one at a time in each, unless a test is about several
-processes. Time limits are wide: two processes of tests share the cores.
+processes.
 """
 
 from __future__ import annotations

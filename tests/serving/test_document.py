@@ -61,7 +61,7 @@ class Site:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=250,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -91,7 +91,7 @@ class Site:
         return text.replace("8000", str(self.port))
 
     def _wait(self, process: subprocess.Popen, log: Path) -> None:
-        for _ in range(600):
+        for _ in range(240):
             time.sleep(0.5)
             assert process.poll() is None, log.read_text()
             try:
@@ -161,7 +161,7 @@ def site(tmp_path_factory):
     return Site(tmp_path_factory.mktemp("site"))
 
 
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(400)
 def test_the_plugin_served_as_the_document_says(site):
     write, client_code, offline = blocks(PLUGIN, "python")
     (command,) = blocks(PLUGIN, "sh")
@@ -196,7 +196,7 @@ def test_the_plugin_served_as_the_document_says(site):
     assert repr(site.python(offline, **environment).splitlines()[-1]) == texts["to-zh"]
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(700)
 def test_profiles_made_as_the_document_says(site):
     (command,), (code,) = blocks(PROFILING, "sh"), blocks(PROFILING, "python")
     first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -205,7 +205,7 @@ def test_profiles_made_as_the_document_says(site):
         (site.path / f"{label}.txt").write_text("\n".join(f"{n}. {text}" for n in range(30)))
     done = subprocess.run(
         ["sh", "-ec", command.replace("0|1", f"{first}|{second}")],
-        cwd=site.path, env=site.environment, capture_output=True, text=True, timeout=900,
+        cwd=site.path, env=site.environment, capture_output=True, text=True, timeout=450,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "vLLM adds up in another order than transformers does" in done.stderr
@@ -227,7 +227,7 @@ def test_profiles_made_as_the_document_says(site):
     assert again == repr(lf.profile(model, files, tokenizer, seq_len=256, progress=False))
 
 
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(400)
 def test_adapters_served_as_the_document_says(site):
     write, client_code = blocks(ADAPTERS, "python")
     (command,) = blocks(ADAPTERS, "sh")

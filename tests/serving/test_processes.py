@@ -27,7 +27,7 @@ def run(llama, tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=250,
         )
         return done.stdout, done.returncode
 

@@ -264,7 +264,7 @@ def test_tokens_that_are_counted_twice_are_noticed(made, preempted, monkeypatch)
     assert preempted
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(500)
 def test_two_ranks_compiled_count_as_computed_and_as_transformers_counts(made, tmp_path):
     first, second = sorted(os.sched_getaffinity(0))[:2]
     corpora = texts(40, 100)
@@ -287,7 +287,7 @@ def test_two_ranks_compiled_count_as_computed_and_as_transformers_counts(made, t
     }
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(task)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=450,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "vLLM adds up in another order than transformers does" in done.stdout
