@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export JOBS ?= 2
-# Without compiling every module of every library to bytecode, which takes longer than all else: an
-# import compiles what it needs.
+# Without compiling every module of every library to bytecode, which takes longer than all else: the
+# first import compiles what it needs, and keeps it, also where the environment says not to. Else
+# every process that a test starts would compile torch again, at twice the time of its imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 # A changed torch requirement makes another stamp, and so another installation.

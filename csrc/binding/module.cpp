@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 #include "lapefast/cuda.h"
 #include "lapefast/library.h"
@@ -85,10 +86,8 @@ lapefast::ProfileCall profile_call(const Tensor& gate, py::handle up, py::handle
   return call;
 }
 
-lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle product, int activation,
-                             py::handle sets, py::handle offsets, py::handle neurons,
-                             py::handle scale, py::handle shift, py::handle flags) {
-  lapefast::EditCall call{};
+void set_edited(lapefast::EditCall& call, int activation, const Tensor& gate, py::handle up,
+                py::handle product, py::handle sets) {
   set_rows(call, activation, gate, up, product);
   if (product.is_none()) throw std::invalid_argument("edit needs a product.");
   if (call.product.data == call.gate.data && call.gate.data &&
@@ -96,16 +95,19 @@ lapefast::EditCall edit_call(const Tensor& gate, py::handle up, py::handle produ
        call.product.stride != call.gate.stride))
     throw std::invalid_argument("edit writes over gate only where nothing else is computed.");
   call.sets = row_index(sets, "sets", gate);
+}
+
+// `place`: a tensor that lies where the tables must.
+void set_tables(lapefast::EditCall& call, const Tensor& place, py::handle offsets,
+                py::handle neurons, py::handle scale, py::handle shift) {
   const Tensor bounds(offsets, "offsets"), members(neurons, "neurons");
   call.set_count = bounds.elements() - 1;
   bounds.expect(call.set_count >= 0, "must hold one more than there are sets");
-  call.offsets = bounds.contiguous<std::int32_t>(call.set_count + 1, gate);
+  call.offsets = bounds.contiguous<std::int32_t>(call.set_count + 1, place);
   call.capacity = members.elements();
-  call.neurons = members.contiguous<std::int32_t>(call.capacity, gate);
-  call.scale = Tensor(scale, "scale").contiguous<float>(call.capacity, gate);
-  call.shift = Tensor(shift, "shift").contiguous<float>(call.capacity, gate);
-  call.flags = flags_of(flags, gate);
-  return call;
+  call.neurons = members.contiguous<std::int32_t>(call.capacity, place);
+  call.scale = Tensor(scale, "scale").contiguous<float>(call.capacity, place);
+  call.shift = Tensor(shift, "shift").contiguous<float>(call.capacity, place);
 }
 
 // Elements from which the interpreter's lock is released; below it, giving it up and taking it back
@@ -170,10 +172,68 @@ void edit(py::handle gate_object, py::handle up, py::handle product, int activat
           py::handle sets, py::handle offsets, py::handle neurons, py::handle scale,
           py::handle shift, py::handle flags, std::uintptr_t resource) {
   const Tensor gate(gate_object, "gate");
-  run<lapefast::EditCall>(
-      gate, edit_call(gate, up, product, activation, sets, offsets, neurons, scale, shift, flags),
-      resource, lapefast::edit, edit_on_gpu);
+  lapefast::EditCall call{};
+  set_edited(call, activation, gate, up, product, sets);
+  set_tables(call, gate, offsets, neurons, scale, shift);
+  call.flags = flags_of(flags, gate);
+  run<lapefast::EditCall>(gate, call, resource, lapefast::edit, edit_on_gpu);
 }
+
+// Edit tables on the CPU, copied and checked once. A decoding step comes back to the same ones for
+// every token and layer, and reading four tensors anew takes longer than the kernel runs.
+class EditTables {
+ public:
+  EditTables(py::handle offsets, py::handle neurons, py::handle scale, py::handle shift,
+             std::int64_t width) {
+    const Tensor place(offsets, "offsets");
+    place.expect(place.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
+    if (width < 0) throw std::invalid_argument("width must not be negative.");
+    set_tables(tables_, place, offsets, neurons, scale, shift);
+    tables_.width = width;
+    own(offsets_, tables_.offsets, tables_.set_count + 1);
+    own(neurons_, tables_.neurons, tables_.capacity);
+    own(scale_, tables_.scale, tables_.capacity);
+    own(shift_, tables_.shift, tables_.capacity);
+    lapefast::check_tables(tables_);
+  }
+  EditTables(const EditTables&) = delete;
+
+  void edit(py::handle gate_object, py::handle up, py::handle product, int activation,
+            py::handle sets, int threads) const {
+    const Tensor gate(gate_object, "gate");
+    lapefast::EditCall call = tables_;
+    set_edited(call, activation, gate, up, product, sets);
+    run(gate, call, threads);
+  }
+
+  // Edits a made activation where it lies.
+  void edit_in_place(py::handle activation_object, py::handle sets, int threads) const {
+    const Tensor activation(activation_object, "activation");
+    lapefast::EditCall call = tables_;
+    set_rows(call, static_cast<int>(lapefast::Activation::identity), activation, py::none(),
+             py::none());
+    call.product = call.gate;
+    call.sets = row_index(sets, "sets", activation);
+    run(activation, call, threads);
+  }
+
+ private:
+  template <class T>
+  static void own(std::vector<T>& copy, const T*& address, std::int64_t count) {
+    if (count > 0) copy.assign(address, address + count);
+    address = copy.data();
+  }
+
+  void run(const Tensor& gate, const lapefast::EditCall& call, int threads) const {
+    gate.expect(gate.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
+    gate.expect(call.width == tables_.width, "must be as wide as its tables say");
+    run_on_cpu(call, threads, lapefast::edit_checked);
+  }
+
+  std::vector<std::int32_t> offsets_, neurons_;
+  std::vector<float> scale_, shift_;
+  lapefast::EditCall tables_{};
+};
 
 void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
                    py::handle probabilities, py::handle ends, py::handle scores, int threads) {
@@ -215,6 +275,10 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("profile", &profile);
   module.def("edit", &edit);
+  py::class_<EditTables>(module, "EditTables", "Edit tables on the CPU, copied and checked once.")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, std::int64_t>())
+      .def("edit", &EditTables::edit)
+      .def("edit_", &EditTables::edit_in_place);
   module.def("leave_one_out", &leave_one_out);
   module.def("isa", &lapefast::isa, "The instruction set in use.");
   module.def("available_isas", &lapefast::available_isas,

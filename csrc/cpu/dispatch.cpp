@@ -199,6 +199,15 @@ void edit(const EditCall& call, int threads) {
   split(call, threads, kernels().edit);
 }
 
+void check_tables(const EditCall& call) {
+  for (std::int64_t set = 0; set < call.set_count; ++set) check_set(call, set);
+}
+
+void edit_checked(const EditCall& call, int threads) {
+  check_rows(call.sets, call.rows, call.set_count, "edit: sets", "sets");
+  split(call, threads, kernels().edit);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available()) names.emplace_back(kernels->name);

@@ -295,6 +295,26 @@ void a_bad_index_is_refused_before_anything_is_written(const std::string& isa) {
   }
 }
 
+// In any set, also one that no row has.
+void bad_tables_are_refused_when_they_are_checked(const std::string& isa) {
+  using Table = std::vector<std::int32_t>;
+  const auto refused = [](const Table& offsets, const Table& neurons) {
+    lapefast::EditCall call{};
+    call.width = 50;
+    call.set_count = static_cast<std::int64_t>(offsets.size()) - 1;
+    call.offsets = offsets.data();
+    call.capacity = static_cast<std::int64_t>(neurons.size());
+    call.neurons = neurons.data();
+    return refuses([&] { lapefast::check_tables(call); });
+  };
+  CHECK(!refused({0, 1, 3}, {49, 0, 1}) && !refused({0}, {}), isa);
+  for (const std::int32_t bad : {-1, 50, std::numeric_limits<std::int32_t>::max()})
+    CHECK(refused({0, 1, 3}, {49, 0, bad}), isa);
+  for (const std::int32_t bad : {-1, 4, std::numeric_limits<std::int32_t>::max()})
+    CHECK(refused({0, 1, bad}, {49, 0, 1}) && refused({0, bad, 3}, {49, 0, 1}), isa);
+  CHECK(refused({0, 1, 3}, {49, 1, 1}) && refused({0, 2, 1}, {49, 0, 1}), isa);
+}
+
 void nonfinite_activations_are_counted(const Engine& engine) {
   for (const bool in_place : {false, true}) {
     Matrix gate(9, 70, 70, 1), up(9, 70, 70, 2), product(9, 70, 70, 3);
@@ -459,8 +479,14 @@ int main() {
                         [](const auto& call) { lapefast::edit(call, 1); }};
     profile_equals_scalar_arithmetic(engine);
     edit_touches_only_what_its_tables_name(engine);
+    edit_touches_only_what_its_tables_name(
+        {isa + ", checked", engine.profile, [](const auto& call) {
+           lapefast::check_tables(call);
+           lapefast::edit_checked(call, 1);
+         }});
     nonfinite_activations_are_counted(engine);
     a_bad_index_is_refused_before_anything_is_written(isa);
+    bad_tables_are_refused_when_they_are_checked(isa);
     several_threads_share_statistics(isa);
     results_do_not_depend_on_the_number_of_threads(isa);
     leaving_one_out_equals_scalar_arithmetic(isa);

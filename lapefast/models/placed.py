@@ -76,13 +76,15 @@ class SiteStatistics:
 
 @dataclass
 class SiteEdits:
-    """One site's edit tables; shapes as in `lapefast.ops`."""
+    """One site's edit tables, and which set of them each row has."""
 
     sets: RowIndex
-    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    """Offsets, neurons, scale, shift, flags."""
-    backend: str = "auto"
+    tables: ops.EditTables
     exact: bool = True
+
+    @property
+    def backend(self) -> str:
+        return self.tables.backend
 
 
 class SiteState:
@@ -227,9 +229,7 @@ class SiteState:
         return self.statistics.muted()
 
     def _edit(self, gate: Tensor, up: Tensor | None, kernel: str) -> Tensor:
-        edits = self.edits
-        op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
-        return op(gate, up, kernel, edits.sets.tensor, *edits.tables, backend=edits.backend)
+        return self.edits.tables.edit(gate, up, kernel, self.edits.sets.tensor)
 
 
 def _profile(op: Any, gate: Tensor, up: Tensor | None, kernel: str, s: SiteStatistics):
@@ -390,9 +390,7 @@ def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
         activated = activation(gate)
     fresh = activated is not gate and not activation._modules and not watched
     del gate
-    edited = fresh and ops.straight_edit_(
-        activated, edits.sets.tensor, *edits.tables, backend=edits.backend
-    )
+    edited = fresh and edits.tables.edit_(activated, edits.sets.tensor)
     up = _projected(modules[form.up], x) if up is None else up
     if edited:
         return _projected(modules[down], activated * up)

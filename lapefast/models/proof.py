@@ -214,7 +214,7 @@ def _edited(state: SiteState, activation: Tensor) -> Tensor:
     if edits is None:
         return activation
     return ops.edit(
-        activation, None, "identity", edits.sets.tensor, *edits.tables, backend="reference"
+        activation, None, "identity", edits.sets.tensor, *edits.tables.tensors, backend="reference"
     )
 
 

@@ -12,11 +12,11 @@ from lapefast.ops.activations import ACTIVATIONS
 from lapefast.ops.backends import backend_for
 from lapefast.ops.declarations import edit, leave_one_out, observe, profile, profile_
 from lapefast.ops.exact import FUSED
-from lapefast.ops.straight import edit as straight_edit
-from lapefast.ops.straight import edit_ as straight_edit_
+from lapefast.ops.straight import EditTables
 
 __all__ = [
     "ACTIVATIONS",
+    "EditTables",
     "FUSED",
     "backend_for",
     "edit",
@@ -24,8 +24,6 @@ __all__ = [
     "observe",
     "profile",
     "profile_",
-    "straight_edit",
-    "straight_edit_",
 ]
 
 del _autograd

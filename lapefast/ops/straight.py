@@ -1,7 +1,7 @@
 """The straight way to the native library on a CPU, past PyTorch's dispatcher.
 
-A decoding step calls `edit` once per layer on a few rows, where the dispatcher's way through Python
-and a second check of tables that have not changed cost several times what the kernel does.
+A decoding step edits once per layer on a few rows, where the dispatcher's way through Python and a
+second check of tables that have not changed cost several times what the kernel does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lapefast.errors import InputError
 from lapefast.ops import declarations
 from lapefast.ops.backends import native
 
-__all__ = ["edit", "edit_"]
+__all__ = ["EditTables"]
 
 # Modes, transforms and tracers put keys of their own into the set that every dispatch of a thread
 # includes.
@@ -22,81 +22,86 @@ _watching = torch._C._dispatch_tls_local_include_set
 _NOBODY = _watching().raw_repr()
 
 
-def edit(
-    gate: Tensor,
-    up: Tensor | None,
-    activation: str,
-    sets: Tensor | None,
-    offsets: Tensor,
-    neurons: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    flags: Tensor,
-    *,
-    backend: str,
-) -> Tensor:
-    """`lapefast.ops.edit`, straight to the native library where nothing stands in between.
+class EditTables:
+    """The edit tables of one site, for as many calls as there are tokens.
 
-    That is where no gradient is wanted and no mode, transform or tracer watches. The library checks
-    types, sizes and indices itself; what it refuses goes to the op, whose check says it better.
+    Args:
+        offsets, neurons, scale, shift, flags: as `lapefast.ops.edit` takes them. They are read here
+            and not written to afterwards.
+        width: neurons of the site.
+        backend: who computes; a backend's own name, not "auto".
+
+    Raises:
+        InputError: where the CPU's library is to compute by tables that it can't follow.
     """
-    # Written out in one piece: here every name that is passed on costs as much as a row. Shapes,
-    # strides and types are left to the library.
-    if (
-        backend == "cpu"
-        and type(gate) is Tensor
-        and (up is None or (type(up) is Tensor and not up.is_neg()))
-        and not gate.is_neg()
-        and _nothing_between()
-        and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
-    ):
-        product = torch.empty_like(gate)
-        threads = 1 if gate.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
-        try:
-            native.library.edit(
-                gate, up, product, native.ACTIVATIONS[activation],
-                sets, offsets, neurons, scale, shift, flags, threads,
-            )  # fmt: skip
-            return product
-        except (InputError, RuntimeError, KeyError):
-            pass
-    return declarations.edit(
-        gate, up, activation, sets, offsets, neurons, scale, shift, flags, backend=backend
-    )
 
+    def __init__(
+        self,
+        offsets: Tensor,
+        neurons: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        flags: Tensor,
+        width: int,
+        backend: str,
+    ) -> None:
+        self.tensors = (offsets, neurons, scale, shift, flags)
+        self.backend = backend
+        self._kept = None
+        if backend == "cpu":
+            self._kept = native.library.EditTables(offsets, neurons, scale, shift, width)
 
-def edit_(
-    activation: Tensor,
-    sets: Tensor | None,
-    offsets: Tensor,
-    neurons: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    flags: Tensor,
-    *,
-    backend: str,
-) -> bool:
-    """Edit an activation where it lies, or say that this can't be done and do nothing.
+    def edit(self, gate: Tensor, up: Tensor | None, activation: str, sets: Tensor | None) -> Tensor:
+        """`lapefast.ops.edit`, straight to the native library where nothing stands in between.
 
-    Nothing else may read the activation as it was.
-    """
-    if (
-        backend == "cpu"
-        and type(activation) is Tensor
-        and not torch.is_grad_enabled()
-        and not activation.is_neg()
-        and _nothing_between()
-    ):
-        threads = 1 if activation.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
-        try:
-            native.library.edit(
-                activation, None, activation, native.ACTIVATIONS["identity"],
-                sets, offsets, neurons, scale, shift, flags, threads,
-            )  # fmt: skip
-            return True
-        except (InputError, RuntimeError):
-            pass
-    return False
+        That is where no gradient is wanted and no mode, transform or tracer watches. The library
+        checks types, sizes and indices itself; what it refuses goes to the op, whose check says it
+        better.
+        """
+        if torch.compiler.is_compiling():
+            return self._op(gate, up, activation, sets)
+        # Written out in one piece: here every name that is passed on costs as much as a row.
+        # Shapes, strides and types are left to the library.
+        if (
+            self._kept is not None
+            and type(gate) is Tensor
+            and (up is None or (type(up) is Tensor and not up.is_neg()))
+            and not gate.is_neg()
+            and _nothing_between()
+            and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
+        ):
+            product = torch.empty_like(gate)
+            threads = 1 if gate.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
+            try:
+                number = native.ACTIVATIONS[activation]
+                self._kept.edit(gate, up, product, number, sets, threads)
+                return product
+            except (InputError, RuntimeError, KeyError):
+                pass
+        return self._op(gate, up, activation, sets)
+
+    def edit_(self, activation: Tensor, sets: Tensor | None) -> bool:
+        """Edit an activation where it lies, or say that this can't be done and do nothing.
+
+        Nothing else may read the activation as it was.
+        """
+        if (
+            self._kept is not None
+            and type(activation) is Tensor
+            and not torch.is_grad_enabled()
+            and not activation.is_neg()
+            and _nothing_between()
+        ):
+            threads = 1 if activation.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
+            try:
+                self._kept.edit_(activation, sets, threads)
+                return True
+            except (InputError, RuntimeError):
+                pass
+        return False
+
+    def _op(self, gate: Tensor, up: Tensor | None, activation: str, sets: Tensor | None) -> Tensor:
+        return declarations.edit(gate, up, activation, sets, *self.tensors, backend=self.backend)
 
 
 def _nothing_between() -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from lapefast import ops
 from lapefast.models.placed import SiteEdits
 from lapefast.steering.output_hooks import OutputHooks
 
@@ -41,5 +39,4 @@ class PlacedOutputs:
 
 
 def _edited(site: str, output: Tensor, edits: SiteEdits) -> Tensor:
-    op = ops.edit if torch.compiler.is_compiling() else ops.straight_edit
-    return op(output, None, "identity", edits.sets.tensor, *edits.tables, backend=edits.backend)
+    return edits.tables.edit(output, None, "identity", edits.sets.tensor)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.bare import stacks
 from lapefast.models.columns import Columns
@@ -172,14 +173,15 @@ class Steering:
         rows = self._stacks.get(site.stack)
         return SiteEdits(
             sets=rows_at(site, RowIndex() if rows is None else rows.index_on(device)),
-            tables=(
+            tables=ops.EditTables(
                 on_device(offsets, torch.int32),
                 on_device(numbered % max(width, 1), torch.int32),
                 on_device(scale, torch.float32),
                 on_device(shift, torch.float32),
                 on_device(torch.zeros(2), torch.int64),
+                width,
+                chosen_backend(self._backend, device),
             ),
-            backend=chosen_backend(self._backend, device),
             exact=self._exact,
         )
 

@@ -98,7 +98,7 @@ def test_a_captured_graph_counts_at_every_replay_and_an_edit_changes_between(dev
         torch.cuda.synchronize()
         once = output.clone()
         assert torch.equal(recorder.profile().counts[site], before * 4)
-        recorder._placement.states[site].edits.tables[3].fill_(-7.0)
+        recorder._placement.states[site].edits.tables.tensors[3].fill_(-7.0)
         graph.replay()
         torch.cuda.synchronize()
         assert not torch.equal(output, once)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapefast import ops
 from lapefast.errors import InputError
-from lapefast.ops import declarations, straight
+from lapefast.ops import EditTables, declarations, straight
 from lapefast.ops.backends import native
 
 WIDTH = 37
@@ -48,6 +48,14 @@ def arguments(device, dtype=torch.float32, rows=(5, 3)):
     return [t.to(device) for t in (gate, up)], [t.to(device) for t in (sets, *tables)]
 
 
+def straight_edit(gate, up, activation, sets, *tables, backend):
+    return EditTables(*tables, WIDTH, backend).edit(gate, up, activation, sets)
+
+
+def straight_edit_(activation, sets, *tables, backend):
+    return EditTables(*tables, WIDTH, backend).edit_(activation, sets)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(5, 3), (1,), (0,), ()])
 @pytest.mark.parametrize("gated", [True, False])
@@ -58,7 +66,7 @@ def test_it_equals_the_op(dtype, rows, gated, strided, device, backend, calls):
         gate, up = torch.cat([gate, up], dim=-1).split(WIDTH, dim=-1)
     up = up if gated else None
     expected = ops.edit(gate, up, "silu", *tables, backend=backend)
-    found = ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+    found = straight_edit(gate, up, "silu", *tables, backend=backend)
     assert torch.equal(found, expected)
     assert found.is_contiguous()
     assert not calls
@@ -67,11 +75,11 @@ def test_it_equals_the_op(dtype, rows, gated, strided, device, backend, calls):
 def test_gradients_go_through_the_op(device, backend, calls):
     (gate, up), tables = arguments(device)
     gate.requires_grad_()
-    ops.straight_edit(gate, up, "silu", *tables, backend=backend).sum().backward()
+    straight_edit(gate, up, "silu", *tables, backend=backend).sum().backward()
     assert len(calls) == 1
     assert bool((gate.grad != 0).any())
     with torch.no_grad():
-        ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+        straight_edit(gate, up, "silu", *tables, backend=backend)
     assert len(calls) == 1
 
 
@@ -84,17 +92,17 @@ def test_a_mode_sees_the_op(device, backend, calls):
     names = []
     (gate, up), tables = arguments(device)
     with Names():
-        ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+        straight_edit(gate, up, "silu", *tables, backend=backend)
     assert "lapefast.edit.default" in names
 
 
 def test_a_subclass_and_a_tracer_get_the_op(device, backend, calls):
     (gate, up), tables = arguments(device)
     with torch.no_grad():
-        ops.straight_edit(torch.nn.Parameter(gate), up, "silu", *tables, backend=backend)
+        straight_edit(torch.nn.Parameter(gate), up, "silu", *tables, backend=backend)
     assert len(calls) == 1
     traced = torch.jit.trace(
-        lambda gate: ops.straight_edit(gate, up, "silu", *tables, backend=backend) + 0,
+        lambda gate: straight_edit(gate, up, "silu", *tables, backend=backend) + 0,
         gate, check_trace=False,
     )  # fmt: skip
     other = gate * 2
@@ -104,42 +112,81 @@ def test_a_subclass_and_a_tracer_get_the_op(device, backend, calls):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g, u, t: (g, u[:1], t), "edit: up must be"),
-        (lambda g, u, t: (g.double(), u.double(), t), "edit: gate must be"),
-        (lambda g, u, t: (g, u, [t[0][:4], *t[1:]]), "edit: sets must be"),
-        (lambda g, u, t: (g, u, [t[0], t[1].long(), *t[2:]]), "edit: offsets must be"),
-        (lambda g, u, t: (g, u, [*t[:3], t[3][:2], *t[4:]]), "edit: scale must be"),
+        (lambda g, u, s: (g, u[:1], s), "edit: up must be"),
+        (lambda g, u, s: (g.double(), u.double(), s), "edit: gate must be"),
+        (lambda g, u, s: (g, u, s[:4]), "edit: sets must be"),
+        (lambda g, u, s: (g, u, s + 1), "edit: sets holds 2, but there are 2 sets"),
+        (lambda g, u, s: (g, u, s - 1), "edit: sets holds -2, but there are 2 sets"),
     ],
 )
 def test_what_is_wrong_is_said_by_the_op(change, message, device, backend):
-    (gate, up), tables = arguments(device)
-    gate, up, tables = change(gate, up, tables)
+    (gate, up), (sets, *tables) = arguments(device)
+    gate, up, sets = change(gate, up, sets)
     with pytest.raises(InputError, match=message):
-        ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+        straight_edit(gate, up, "silu", sets, *tables, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.tensor([0, 3, 5])}, "offsets is of another type"),
+        ({0: torch.zeros(0, dtype=torch.int32)}, "offsets must hold one more than there are sets"),
+        ({0: torch.tensor([0, 3, 6], dtype=torch.int32)}, "must ascend within \\[0, 5\\]"),
+        ({0: torch.tensor([0, -1, 5], dtype=torch.int32)}, "must ascend within \\[0, 5\\]"),
+        ({1: torch.tensor([0, 8, WIDTH, 1, 2], dtype=torch.int32)}, "must lie within \\[0, 37\\)"),
+        ({1: torch.tensor([0, 8, 36, -1, 2], dtype=torch.int32)}, "must lie within \\[0, 37\\)"),
+        ({1: torch.tensor([0, 8, 36, 2, 1], dtype=torch.int32)}, "ascend without repeats"),
+        ({2: torch.zeros(2)}, "scale is of another size"),
+        ({3: torch.zeros(10)[::2]}, "shift must be contiguous"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_at_once(change, message, device, backend):
+    """Of every set, also those that no row has."""
+    _, (_, *tables) = arguments(device)
+    tables = [change.get(at, table) for at, table in enumerate(tables)]
+    with pytest.raises(InputError, match=message):
+        EditTables(*tables, WIDTH, backend)
+
+
+def test_the_library_keeps_tables_of_its_own(device, backend):
+    (gate, up), (sets, *tables) = arguments(device)
+    expected = ops.edit(gate, up, "silu", sets, *tables, backend=backend)
+    kept = EditTables(*tables, WIDTH, backend)
+    for table in tables:
+        table.fill_(1 << 20)
+    assert torch.equal(kept.edit(gate, up, "silu", sets), expected)
+
+
+@pytest.mark.parametrize("width", [WIDTH - 1, WIDTH + 1])
+def test_only_rows_of_the_width_that_was_checked_are_edited(width, device, backend, calls):
+    (gate, up), (sets, *tables) = arguments(device)
+    tables[1].clamp_(max=20)  # fits all three widths
+    kept = native.library.EditTables(*tables[:4], WIDTH)
+    gate = torch.ones(15, width)
+    for call in (
+        lambda: kept.edit(gate, None, torch.empty_like(gate), 0, sets, 1),
+        lambda: kept.edit_(gate, sets, 1),
+    ):
+        with pytest.raises(InputError, match="must be as wide as its tables say"):
+            call()
+    assert bool((gate == 1).all())
 
 
 def test_a_negative_view_goes_to_the_op(device, backend, calls):
     (gate, up), tables = arguments(device)
     for pair in ((torch._neg_view(gate), up), (gate, torch._neg_view(up))):
         expected = ops.edit(*(one.resolve_neg() for one in pair), "silu", *tables, backend=backend)
-        found = ops.straight_edit(*pair, "silu", *tables, backend=backend)
+        found = straight_edit(*pair, "silu", *tables, backend=backend)
         assert torch.equal(found, expected)
 
 
 def test_rows_without_one_stride_go_to_the_op(device, backend, calls):
     (gate, up), tables = arguments(device)
     gate, up = (one.transpose(0, 1).contiguous().transpose(0, 1) for one in (gate, up))
-    found = ops.straight_edit(gate, up, "silu", *tables, backend=backend)
+    found = straight_edit(gate, up, "silu", *tables, backend=backend)
     assert torch.equal(found, ops.edit(gate, up, "silu", *tables, backend=backend))
     assert found.is_contiguous()
     assert calls
-
-
-def test_an_index_outside_is_refused(device, backend):
-    (gate, up), tables = arguments(device)
-    tables[2][1] = WIDTH
-    with pytest.raises(InputError, match="must lie within"):
-        ops.straight_edit(gate, up, "silu", *tables, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -150,7 +197,7 @@ def test_an_activation_is_edited_where_it_lies(dtype, strided, device, backend):
         activation, other = torch.cat([activation, other], dim=-1).split(WIDTH, dim=-1)
     expected, untouched = ops.edit(activation, None, "identity", *tables, backend=backend), +other
     with torch.no_grad():
-        assert ops.straight_edit_(activation, *tables, backend=backend)
+        assert straight_edit_(activation, *tables, backend=backend)
     assert torch.equal(activation, expected)
     assert torch.equal(other, untouched)
 
@@ -158,19 +205,21 @@ def test_an_activation_is_edited_where_it_lies(dtype, strided, device, backend):
 def test_an_activation_that_somebody_else_must_see_stays_as_it_was(device, backend):
     (activation, _), tables = arguments(device)
     before = activation.clone()
-    assert not ops.straight_edit_(activation, *tables, backend=backend)  # gradients are on
+    assert not straight_edit_(activation, *tables, backend=backend)  # gradients are on
     with torch.no_grad():
-        assert not ops.straight_edit_(torch._neg_view(activation), *tables, backend=backend)
-        assert not ops.straight_edit_(activation, *tables, backend="reference")
-        tables[3] = tables[3][:2]
-        assert not ops.straight_edit_(activation, *tables, backend=backend)
+        assert not straight_edit_(torch._neg_view(activation), *tables, backend=backend)
+        assert not straight_edit_(activation, *tables, backend="reference")
+        assert not straight_edit_(activation, tables[0][:2], *tables[1:], backend=backend)
+        assert not straight_edit_(activation.double(), *tables, backend=backend)
     assert torch.equal(activation, before)
 
 
 def test_writing_over_what_is_still_computed_from_is_refused(device, backend):
-    (gate, up), tables = arguments(device)
+    (gate, up), (sets, *tables) = arguments(device)
+    kept = native.library.EditTables(*tables[:4], WIDTH)
     for other, activation in ((up, "identity"), (None, "silu")):
+        number = native.ACTIVATIONS[activation]
         with pytest.raises(InputError, match="writes over gate only where"):
-            native.library.edit(
-                gate, other, gate, native.ACTIVATIONS[activation], *tables, 1
-            )  # fmt: skip
+            native.library.edit(gate, other, gate, number, sets, *tables, 1)
+        with pytest.raises(InputError, match="writes over gate only where"):
+            kept.edit(gate, other, gate, number, sets, 1)

@@ -397,15 +397,15 @@ def test_edited_activations_are_counted_under_the_edit(family):
 @torch.no_grad()
 def test_a_float32_activation_is_edited_where_it_lies(monkeypatch):
     model, taken = by_name("llama").build(), []
-    place = ops.straight_edit_
+    place = ops.EditTables.edit_
 
-    def noted(*arguments, **options):
-        taken.append(place(*arguments, **options))
+    def noted(*arguments):
+        taken.append(place(*arguments))
         return taken[-1]
 
     sites = [site.name for site in models.find_sites(model)]
     with lf.steer(model, lf.deactivate(dict.fromkeys(sites, [0, 3]))):
-        monkeypatch.setattr(ops, "straight_edit_", noted)
+        monkeypatch.setattr(ops.EditTables, "edit_", noted)
         model(IDS)
     native = ops.backend_for("auto", "cpu").__name__.endswith("backends.cpu")
     assert taken == [native] * len(sites)

@@ -73,7 +73,7 @@ struct EditCall {
   const std::int32_t* neurons;  // [capacity], ascending within a set
   const float* scale;           // [capacity]
   const float* shift;           // [capacity]
-  std::int64_t* flags;
+  std::int64_t* flags;          // the GPU's kernels write to them
 };
 
 // How much an attention map changes when one dimension of one head's queries and keys is left out.

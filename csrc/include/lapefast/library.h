@@ -15,6 +15,11 @@ void profile(const ProfileCall& call, int threads);
 void edit(const EditCall& call, int threads);
 void leave_one_out(const LeaveOneOutCall& call, int threads);
 
+// `edit` in two halves, for tables that serve many calls: their check, of which the width is the
+// only part of the rest that counts; and the edit by tables that passed it unchanged.
+void check_tables(const EditCall& call);
+void edit_checked(const EditCall& call, int threads);
+
 // Instruction sets that were compiled in and that this processor has, slowest first.
 std::vector<std::string> available_isas();
 // The one in use: the fastest available, or what LAPEFAST_CPU_ISA forced when the library loaded.
