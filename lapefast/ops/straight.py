@@ -16,10 +16,12 @@ from lapefast.ops.backends import native
 
 __all__ = ["EditTables"]
 
-# Modes, transforms and tracers put keys of their own into the set that every dispatch of a thread
-# includes.
-_watching = torch._C._dispatch_tls_local_include_set
-_NOBODY = _watching().raw_repr()
+# Whether any is on in this thread. Asking the dispatcher for the keys that they all put there takes
+# four times as long as these four questions, and the keys are other ones in inference mode.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracers = torch._C._is_tracing
 
 
 class EditTables:
@@ -106,7 +108,9 @@ class EditTables:
 
 def _nothing_between() -> bool:
     """Whether no mode, transform or tracer of this thread watches."""
-    return forward_ad._current_level < 0 and _watching().raw_repr() == _NOBODY
+    # make_fx before dispatch shows among the function modes only.
+    watched = _dispatch_modes() or _function_modes() or _transforms() or _tracers()
+    return not watched and forward_ad._current_level < 0
 
 
 def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:

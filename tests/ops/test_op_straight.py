@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapefast import ops
@@ -94,6 +96,74 @@ def test_a_mode_sees_the_op(device, backend, calls):
     with Names():
         straight_edit(gate, up, "silu", *tables, backend=backend)
     assert "lapefast.edit.default" in names
+
+
+class PassesOn(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def _in_mode(call, gate):
+    with PassesOn():
+        call()
+
+
+def _in_forward_mode(call, gate):
+    with torch.autograd.forward_ad.dual_level():
+        call()
+
+
+def _within(transform):
+    def run(call, gate):
+        def called(x):
+            call()
+            return x.sum()
+
+        transform(called)(gate)
+
+    return run
+
+
+WATCHERS = {
+    "a function mode": _in_mode,
+    "forward-mode derivatives": _in_forward_mode,
+    "vmap": _within(torch.func.vmap),
+    "grad": _within(torch.func.grad),
+    "jit.trace": lambda call, gate: torch.jit.trace(
+        lambda x: call() or x + 0, gate, check_trace=False
+    ),
+    "make_fx": _within(lambda f: lambda x: make_fx(f)(x)),
+    "make_fx before dispatch": _within(lambda f: lambda x: make_fx(f, pre_dispatch=True)(x)),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_whoever_watches_sees_the_op(watcher, device, backend, calls):
+    """Also an edit of tensors that the watcher did not make."""
+    (gate, up), (sets, *tables) = arguments(device)
+    kept, taken = EditTables(*tables, WIDTH, backend), []
+
+    def call():
+        with torch.no_grad():
+            kept.edit(gate, up, "silu", sets)
+            taken.append(kept.edit_(gate, sets))
+
+    WATCHERS[watcher](call, torch.ones(3))
+    assert taken == [False]
+    assert len(calls) == 1
+    call()
+    assert taken == [False, True]
+    assert len(calls) == 1
+
+
+def test_inference_mode_watches_nothing(device, backend, calls):
+    (gate, up), (sets, *tables) = arguments(device)
+    expected = ops.edit(gate, up, "silu", sets, *tables, backend=backend)
+    kept = EditTables(*tables, WIDTH, backend)
+    with torch.inference_mode():
+        assert torch.equal(kept.edit(gate, up, "silu", sets), expected)
+        assert kept.edit_(gate, sets)
+    assert not calls
 
 
 def test_a_subclass_and_a_tracer_get_the_op(device, backend, calls):
