@@ -1,7 +1,7 @@
 """The straight way to the native library on a CPU, past PyTorch's dispatcher.
 
-A decoding step edits once per layer on a few rows, where the dispatcher's way through Python and a
-second check of tables that have not changed cost several times what the kernel does.
+On a few rows, as a decoding step has them, the dispatcher's way through Python takes several times
+as long as the kernel; so does a second check of tables that have not changed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from lapefast.errors import InputError
 from lapefast.ops import declarations
-from lapefast.ops.backends import native
+from lapefast.ops.backends import backend_for, cpu, native
 
-__all__ = ["EditTables"]
+__all__ = ["EditTables", "profile"]
 
 # Whether any is on in this thread. Asking the dispatcher for the keys that they all put there takes
 # four times as long as these four questions, and the keys are other ones in inference mode.
@@ -22,6 +22,48 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracers = torch._C._is_tracing
+
+
+def profile(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    threshold: float,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    sums: Tensor | None,
+    square_sums: Tensor | None,
+    up_abs_sums: Tensor | None,
+    flags: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The op `lapefast::profile`; see `declarations.compute_profile`.
+
+    Straight to the native library where that serves and nothing stands in between: no gradient is
+    wanted and no mode, transform or tracer watches. What the library refuses goes to the op, whose
+    check says it better.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and type(gate) is Tensor
+        and gate.is_cpu
+        and backend_for(backend, "cpu") is cpu
+        and _nothing_between()
+        and not (torch.is_grad_enabled() and _wants_gradient(gate, up))
+        and not _any_negative(gate, up, groups, counts, sums, square_sums, up_abs_sums, flags)
+    ):
+        try:
+            return cpu.profile(
+                None, gate, up, activation, threshold,
+                groups, counts, sums, square_sums, up_abs_sums, flags,
+            )  # fmt: skip
+        except (InputError, KeyError, RuntimeError):
+            pass
+    return declarations.profile(
+        gate, up, activation, threshold,
+        groups, counts, sums, square_sums, up_abs_sums, flags, backend=backend,
+    )  # fmt: skip
 
 
 class EditTables:
@@ -111,6 +153,14 @@ def _nothing_between() -> bool:
     # make_fx before dispatch shows among the function modes only.
     watched = _dispatch_modes() or _function_modes() or _transforms() or _tracers()
     return not watched and forward_ad._current_level < 0
+
+
+def _any_negative(*tensors: Tensor | None) -> bool:
+    """Whether any is a view of memory that holds the numbers negated: the dispatcher sees to it."""
+    for tensor in tensors:  # half the time of any()
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
 
 
 def _wants_gradient(gate: Tensor, up: Tensor | None) -> bool:

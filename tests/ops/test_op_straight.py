@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_cases import DTYPES, LAYOUTS, STATISTICS, Tally, row_groups, run_profile
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,13 +27,16 @@ def _native(backend):
 def calls(monkeypatch):
     """How often the op was taken instead."""
     seen = []
-    op = declarations.edit
 
-    def counted(*arguments, **options):
-        seen.append(arguments)
-        return op(*arguments, **options)
+    def counted(op):
+        def run(*arguments, **options):
+            seen.append(arguments)
+            return op(*arguments, **options)
 
-    monkeypatch.setattr(straight.declarations, "edit", counted)
+        return run
+
+    for name in ("edit", "profile"):
+        monkeypatch.setattr(straight.declarations, name, counted(getattr(declarations, name)))
     return seen
 
 
@@ -139,21 +143,22 @@ WATCHERS = {
 
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_whoever_watches_sees_the_op(watcher, device, backend, calls):
-    """Also an edit of tensors that the watcher did not make."""
+    """Also where it did not make the tensors."""
     (gate, up), (sets, *tables) = arguments(device)
-    kept, taken = EditTables(*tables, WIDTH, backend), []
+    kept, taken, tally = EditTables(*tables, WIDTH, backend), [], Tally(1, WIDTH)
 
     def call():
         with torch.no_grad():
+            run_profile(gate, up, "silu", None, tally, backend=backend)
             kept.edit(gate, up, "silu", sets)
             taken.append(kept.edit_(gate, sets))
 
     WATCHERS[watcher](call, torch.ones(3))
     assert taken == [False]
-    assert len(calls) == 1
+    assert len(calls) == 2
     call()
     assert taken == [False, True]
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_inference_mode_watches_nothing(device, backend, calls):
@@ -162,6 +167,7 @@ def test_inference_mode_watches_nothing(device, backend, calls):
     kept = EditTables(*tables, WIDTH, backend)
     with torch.inference_mode():
         assert torch.equal(kept.edit(gate, up, "silu", sets), expected)
+        run_profile(gate, up, "silu", None, Tally(1, WIDTH), backend=backend)
         assert kept.edit_(gate, sets)
     assert not calls
 
@@ -293,3 +299,66 @@ def test_writing_over_what_is_still_computed_from_is_refused(device, backend):
             native.library.edit(gate, other, gate, number, sets, *tables, 1)
         with pytest.raises(InputError, match="writes over gate only where"):
             kept.edit(gate, other, gate, number, sets, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_profile_equals_the_op(layout, dtype, backend, calls):
+    gate, up = LAYOUTS[layout](dtype)
+    width = gate.shape[-1]
+    groups = row_groups(gate.shape[:-1].numel(), 2)
+    found, expected = Tally(2, width), Tally(2, width)
+    product = run_profile(gate, up, "silu", groups, found, backend=backend)
+    assert not calls
+    op = torch.ops.lapefast.profile
+    made = op(gate, up, "silu", 0.0, groups, *expected.arguments(), backend=backend)
+    assert torch.equal(product, made)
+    assert product.is_contiguous()
+    for name in (*STATISTICS, "flags"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_a_profile_with_gradients_or_other_tensors_goes_through_the_op(device, backend, calls):
+    (gate, up), _ = arguments(device)
+    leaf = gate.clone().requires_grad_()
+    for one, other in ((leaf, up), (gate, up.clone().requires_grad_())):
+        run_profile(one, other, "silu", None, Tally(1, WIDTH), backend=backend).sum().backward()
+    assert bool((leaf.grad != 0).any())
+    assert len(calls) == 2
+    with torch.no_grad():
+        run_profile(leaf, up, "silu", None, Tally(1, WIDTH), backend=backend)
+        assert len(calls) == 2
+        run_profile(torch.nn.Parameter(gate), up, "silu", None, Tally(1, WIDTH), backend=backend)
+    assert len(calls) == 3
+    run_profile(gate, up, "silu", None, Tally(1, WIDTH), backend="reference")
+    assert len(calls) == 4
+
+
+def test_negative_views_are_resolved(device, backend, calls):
+    (gate, up), _ = arguments(device)
+    expected, tally = Tally(1, WIDTH), Tally(1, WIDTH)
+    product = run_profile(-gate, -up, "silu", None, expected, backend=backend)
+    assert not calls
+    views = (torch._neg_view(gate), torch._neg_view(up))
+    assert torch.equal(run_profile(*views, "silu", None, tally, backend=backend), product)
+    for name in STATISTICS:
+        assert torch.equal(getattr(tally, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.ones(2, WIDTH)}, "profile: up must be"),
+        ({"counts": torch.zeros(1, WIDTH)}, "profile: counts must be"),
+        ({"groups": torch.tensor([3], dtype=torch.int32)}, "profile: groups holds 3"),
+        ({"activation": "tanh"}, "profile: activation must be"),
+    ],
+)
+def test_what_is_wrong_with_a_profile_is_said_by_the_op(change, message, device, backend):
+    (gate, up), _ = arguments(device)
+    tally = Tally(1, WIDTH)
+    statistics = dict(zip((*STATISTICS, "flags"), tally.arguments(), strict=True))
+    given = {"gate": gate, "up": up, "activation": "silu", "threshold": 0.0, "groups": None}
+    with pytest.raises(InputError, match=message):
+        ops.profile(**(given | statistics | change), backend=backend)
+    assert not tally.counts.any()
