@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -181,9 +182,9 @@ void edit(py::handle gate_object, py::handle up, py::handle product, int activat
 
 // Edit tables on the CPU, copied and checked once. A decoding step comes back to the same ones for
 // every token and layer, and reading four tensors anew takes longer than the kernel runs.
-class EditTables {
+class KeptTables {
  public:
-  EditTables(py::handle offsets, py::handle neurons, py::handle scale, py::handle shift,
+  KeptTables(py::handle offsets, py::handle neurons, py::handle scale, py::handle shift,
              std::int64_t width) {
     const Tensor place(offsets, "offsets");
     place.expect(place.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
@@ -196,25 +197,24 @@ class EditTables {
     own(shift_, tables_.shift, tables_.capacity);
     lapefast::check_tables(tables_);
   }
-  EditTables(const EditTables&) = delete;
+  KeptTables(const KeptTables&) = delete;
 
-  void edit(py::handle gate_object, py::handle up, py::handle product, int activation,
-            py::handle sets, int threads) const {
-    const Tensor gate(gate_object, "gate");
+  void edit(const Tensor& gate, py::handle up, py::handle product, int activation, py::handle sets,
+            int threads) const {
     lapefast::EditCall call = tables_;
     set_edited(call, activation, gate, up, product, sets);
-    run(gate, call, threads);
+    edit_on_cpu(gate, call, threads);
   }
 
   // Edits a made activation where it lies.
-  void edit_in_place(py::handle activation_object, py::handle sets, int threads) const {
-    const Tensor activation(activation_object, "activation");
+  void edit_in_place(const Tensor& activation, py::handle sets, int threads) const {
     lapefast::EditCall call = tables_;
-    set_rows(call, static_cast<int>(lapefast::Activation::identity), activation, py::none(),
-             py::none());
+    constexpr int identity = static_cast<int>(lapefast::Activation::identity);
+    set_rows(call, identity, activation, py::none(), py::none());
+    activation.expect(call.rows < 2 || call.gate.stride >= call.width, "must not overlap itself");
     call.product = call.gate;
     call.sets = row_index(sets, "sets", activation);
-    run(activation, call, threads);
+    edit_on_cpu(activation, call, threads);
   }
 
  private:
@@ -224,7 +224,7 @@ class EditTables {
     address = copy.data();
   }
 
-  void run(const Tensor& gate, const lapefast::EditCall& call, int threads) const {
+  void edit_on_cpu(const Tensor& gate, const lapefast::EditCall& call, int threads) const {
     gate.expect(gate.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
     gate.expect(call.width == tables_.width, "must be as wide as its tables say");
     run_on_cpu(call, threads, lapefast::edit_checked);
@@ -234,6 +234,33 @@ class EditTables {
   std::vector<float> scale_, shift_;
   lapefast::EditCall tables_{};
 };
+
+// Kept tables are a capsule, which Python can hold and pass on, but neither make nor look into.
+constexpr const char* kept_name = "lapefast.KeptTables";
+
+py::capsule keep_tables(py::handle offsets, py::handle neurons, py::handle scale, py::handle shift,
+                        std::int64_t width) {
+  auto kept = std::make_unique<KeptTables>(offsets, neurons, scale, shift, width);
+  py::capsule capsule(kept.get(), kept_name,
+                      [](void* held) { delete static_cast<KeptTables*>(held); });
+  kept.release();
+  return capsule;
+}
+
+const KeptTables& kept_in(py::handle capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), kept_name))
+    throw std::invalid_argument("tables must be what keep_tables returned.");
+  return *static_cast<const KeptTables*>(PyCapsule_GetPointer(capsule.ptr(), kept_name));
+}
+
+void edit_kept(py::handle tables, py::handle gate, py::handle up, py::handle product,
+               int activation, py::handle sets, int threads) {
+  kept_in(tables).edit(Tensor(gate, "gate"), up, product, activation, sets, threads);
+}
+
+void edit_kept_in_place(py::handle tables, py::handle activation, py::handle sets, int threads) {
+  kept_in(tables).edit_in_place(Tensor(activation, "activation"), sets, threads);
+}
 
 void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
                    py::handle probabilities, py::handle ends, py::handle scores, int threads) {
@@ -275,10 +302,9 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("profile", &profile);
   module.def("edit", &edit);
-  py::class_<EditTables>(module, "EditTables", "Edit tables on the CPU, copied and checked once.")
-      .def(py::init<py::handle, py::handle, py::handle, py::handle, std::int64_t>())
-      .def("edit", &EditTables::edit)
-      .def("edit_", &EditTables::edit_in_place);
+  module.def("keep_tables", &keep_tables, "Edit tables on the CPU, copied and checked once.");
+  module.def("edit_kept", &edit_kept);
+  module.def("edit_kept_in_place", &edit_kept_in_place);
   module.def("leave_one_out", &leave_one_out);
   module.def("isa", &lapefast::isa, "The instruction set in use.");
   module.def("available_isas", &lapefast::available_isas,

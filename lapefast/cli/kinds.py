@@ -23,11 +23,11 @@ def kind_of(path: Path) -> str | None:
         start = file.read(9)
         if not start:
             return None
-        # A published file is a zip or a pickle.
-        if start.startswith((b"PK", b"\x80")):
-            return "published"
-        # Safetensors begin with the length of a JSON header.
+        # Safetensors begin with the length of a JSON header, which may be any bytes.
         sealed = start[8:] == b"{"
+        # A published file is a zip or a pickle.
+        if not sealed and start.startswith((b"PK", b"\x80")):
+            return "published"
         if not sealed and not start.lstrip().startswith(b"{"):
             return "something else"
         file.seek(8 if sealed else 0)

@@ -70,8 +70,8 @@ class EditTables:
     """The edit tables of one site, for as many calls as there are tokens.
 
     Args:
-        offsets, neurons, scale, shift, flags: as `lapefast.ops.edit` takes them. They are read here
-            and not written to afterwards.
+        offsets, neurons, scale, shift, flags: as `lapefast.ops.edit` takes them. On a CPU the
+            library follows a copy that it makes here, so they must not change afterwards.
         width: neurons of the site.
         backend: who computes; a backend's own name, not "auto".
 
@@ -90,10 +90,15 @@ class EditTables:
         backend: str,
     ) -> None:
         self.tensors = (offsets, neurons, scale, shift, flags)
-        self.backend = backend
+        self.width, self.backend = width, backend
         self._kept = None
         if backend == "cpu":
-            self._kept = native.library.EditTables(offsets, neurons, scale, shift, width)
+            self._kept = native.library.keep_tables(
+                offsets, neurons, scale.resolve_neg(), shift.resolve_neg(), width
+            )
+
+    def __reduce__(self) -> tuple:
+        return EditTables, (*self.tensors, self.width, self.backend)
 
     def edit(self, gate: Tensor, up: Tensor | None, activation: str, sets: Tensor | None) -> Tensor:
         """`lapefast.ops.edit`, straight to the native library where nothing stands in between.
@@ -118,7 +123,7 @@ class EditTables:
             threads = 1 if gate.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
             try:
                 number = native.ACTIVATIONS[activation]
-                self._kept.edit(gate, up, product, number, sets, threads)
+                native.library.edit_kept(self._kept, gate, up, product, number, sets, threads)
                 return product
             except (InputError, RuntimeError, KeyError):
                 pass
@@ -138,7 +143,7 @@ class EditTables:
         ):
             threads = 1 if activation.numel() < native.FEW_TO_EDIT else torch.get_num_threads()
             try:
-                self._kept.edit_(activation, sets, threads)
+                native.library.edit_kept_in_place(self._kept, activation, sets, threads)
                 return True
             except (InputError, RuntimeError):
                 pass

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from op_cases import DTYPES, LAYOUTS, STATISTICS, Tally, row_groups, run_profile
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +19,8 @@ from lapefast.ops import EditTables, declarations, straight
 from lapefast.ops.backends import native
 
 WIDTH = 37
+# What torch refuses to describe is its own error.
+REFUSED = (InputError, RuntimeError)
 
 
 @pytest.fixture(autouse=True)
@@ -233,15 +239,76 @@ def test_the_library_keeps_tables_of_its_own(device, backend):
     assert torch.equal(kept.edit(gate, up, "silu", sets), expected)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
+def test_copies_of_tables_edit_as_they_do(copied, device, backend, calls):
+    (gate, up), (sets, *tables) = arguments(device)
+    kept = EditTables(*tables, WIDTH, backend)
+    expected = kept.edit(gate, up, "silu", sets)
+    assert torch.equal(copied(kept).edit(gate, up, "silu", sets), expected)
+    assert not calls
+
+
+def test_negated_views_of_tables_are_resolved(device, backend):
+    (gate, up), (sets, *tables) = arguments(device)
+    expected = EditTables(*tables, WIDTH, backend).edit(gate, up, "silu", sets)
+    negated = [torch._neg_view(-table) for table in tables[2:4]]
+    found = EditTables(*tables[:2], *negated, tables[4], WIDTH, backend)
+    assert torch.equal(found.edit(gate, up, "silu", sets), expected)
+
+
+def without_memory(shape, dtype):
+    """Tensors that have none, with an offset."""
+    (length, *rest) = shape
+    zeros = torch._efficientzerotensor(length + 3, *rest, dtype=dtype)[3:]
+    with FakeTensorMode():
+        fake = torch.zeros(length + 3, *rest, dtype=dtype)[3:]
+    return zeros, fake
+
+
+def test_tensors_without_memory_are_refused_whatever_their_offset(device, backend):
+    (gate, _), (sets, *tables) = arguments(device)
+    kept = native.library.keep_tables(*tables[:4], WIDTH)
+    for at, table in enumerate(tables[:4]):
+        for bad in without_memory(table.shape, table.dtype):
+            given = [bad if at == other else table for other, table in enumerate(tables[:4])]
+            with pytest.raises(REFUSED):
+                native.library.keep_tables(*given, WIDTH)
+    for bad in without_memory(gate.shape, gate.dtype):
+        with pytest.raises(REFUSED):
+            native.library.edit_kept_in_place(kept, bad, sets, 1)
+        with pytest.raises(REFUSED):
+            native.library.edit_kept(kept, gate, bad, torch.empty_like(gate), 1, sets, 1)
+    for bad in without_memory(sets.shape, sets.dtype):
+        with pytest.raises(REFUSED):
+            native.library.edit_kept_in_place(kept, gate, bad, 1)
+
+
+@pytest.mark.parametrize("tables", [None, 1, "tables", object(), torch.zeros(2)])
+def test_what_is_no_kept_tables_is_refused(tables, device, backend):
+    with pytest.raises(InputError, match="tables must be what keep_tables returned"):
+        native.library.edit_kept_in_place(tables, torch.ones(1, WIDTH), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "width", "message"),
+    [({}, -1, "width must not be negative"), ({0: "meta"}, WIDTH, None)],
+)
+def test_a_width_and_a_place_that_can_not_be_are_refused(change, width, message, device, backend):
+    _, (_, *tables) = arguments(device)
+    tables = [table.to(change.get(at, device)) for at, table in enumerate(tables)]
+    with pytest.raises(REFUSED, match=message):
+        EditTables(*tables, width, backend)
+
+
 @pytest.mark.parametrize("width", [WIDTH - 1, WIDTH + 1])
 def test_only_rows_of_the_width_that_was_checked_are_edited(width, device, backend, calls):
     (gate, up), (sets, *tables) = arguments(device)
     tables[1].clamp_(max=20)  # fits all three widths
-    kept = native.library.EditTables(*tables[:4], WIDTH)
+    kept = native.library.keep_tables(*tables[:4], WIDTH)
     gate = torch.ones(15, width)
     for call in (
-        lambda: kept.edit(gate, None, torch.empty_like(gate), 0, sets, 1),
-        lambda: kept.edit_(gate, sets, 1),
+        lambda: native.library.edit_kept(kept, gate, None, torch.empty_like(gate), 0, sets, 1),
+        lambda: native.library.edit_kept_in_place(kept, gate, sets, 1),
     ):
         with pytest.raises(InputError, match="must be as wide as its tables say"):
             call()
@@ -285,6 +352,8 @@ def test_an_activation_that_somebody_else_must_see_stays_as_it_was(device, backe
     with torch.no_grad():
         assert not straight_edit_(torch._neg_view(activation), *tables, backend=backend)
         assert not straight_edit_(activation, *tables, backend="reference")
+        assert not straight_edit_(torch.nn.Parameter(activation), *tables, backend=backend)
+        assert not straight_edit_(activation[:1].expand(5, 3, WIDTH), *tables, backend=backend)
         assert not straight_edit_(activation, tables[0][:2], *tables[1:], backend=backend)
         assert not straight_edit_(activation.double(), *tables, backend=backend)
     assert torch.equal(activation, before)
@@ -292,13 +361,13 @@ def test_an_activation_that_somebody_else_must_see_stays_as_it_was(device, backe
 
 def test_writing_over_what_is_still_computed_from_is_refused(device, backend):
     (gate, up), (sets, *tables) = arguments(device)
-    kept = native.library.EditTables(*tables[:4], WIDTH)
+    kept = native.library.keep_tables(*tables[:4], WIDTH)
     for other, activation in ((up, "identity"), (None, "silu")):
         number = native.ACTIVATIONS[activation]
         with pytest.raises(InputError, match="writes over gate only where"):
             native.library.edit(gate, other, gate, number, sets, *tables, 1)
         with pytest.raises(InputError, match="writes over gate only where"):
-            kept.edit(gate, other, gate, number, sets, 1)
+            native.library.edit_kept(kept, gate, other, gate, number, sets, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,10 +6,13 @@ sanitizers, so that an access one byte outside a tensor ends the run.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from lapefast.errors import InputError
 from lapefast.ops.backends import native
@@ -41,7 +44,8 @@ def tensors(draw):
             return None
     if kind == "odd":
         made = torch.zeros(shape, dtype=dtype)
-        odd = draw(st.sampled_from(["meta", "sparse", "gradient", "negative", "view of bytes"]))
+        kinds = ["meta", "sparse", "gradient", "negative", "zeros", "fake", "view of bytes"]
+        odd = draw(st.sampled_from(kinds))
         if odd == "meta":
             return made.to("meta")
         if odd == "sparse":
@@ -50,6 +54,11 @@ def tensors(draw):
             return made.requires_grad_(dtype.is_floating_point)
         if odd == "negative":
             return torch._neg_view(made) if dtype is not torch.bool else made
+        if odd in ("zeros", "fake"):  # of no memory, and yet not from null on
+            size, offset = torch.Size(shape).numel(), draw(st.sampled_from([0, 1, 8, 2**20]))
+            with FakeTensorMode() if odd == "fake" else contextlib.nullcontext():
+                make = torch.zeros if odd == "fake" else torch._efficientzerotensor
+                return make(offset + size, dtype=dtype)[offset:].view(shape)
         count = draw(st.integers(1, 96))
         return torch.frombuffer(bytearray(1024), dtype=dtype, offset=1, count=count)
     byte = draw(st.sampled_from([0, 1, 0x3F, 0x7F, 0xFF]))
@@ -91,14 +100,26 @@ def fitting(dtype, rows=4, width=24, number=2):
         "ends": torch.full((4, 3), 32, dtype=torch.int32),
         "scores": torch.zeros(4, 5, dtype=torch.float64), "threads": 1,
     }  # fmt: skip
-    return {"profile": profile, "edit": edit, "leave_one_out": maps}
+    tables = {name: edit[name] for name in ("offsets", "neurons", "scale", "shift")}
+    kept = native.library.keep_tables(*tables.values(), width)
+    named = ("gate", "up", "product", "activation", "sets", "threads")
+    return {
+        "profile": profile,
+        "edit": edit,
+        "keep_tables": {**tables, "width": width},
+        "edit_kept": {"tables": kept, **{name: edit[name] for name in named}},
+        "edit_kept_in_place": {"tables": kept, "made": edit["gate"], "sets": index, "threads": 1},
+        "leave_one_out": maps,
+    }
 
 
-WRITTEN = ("product", "counts", "sums", "square_sums", "up_abs_sums", "flags", "scores")
+OPS = sorted(fitting(torch.float32))
+WRITTEN = ("product", "counts", "sums", "square_sums", "up_abs_sums", "flags", "scores", "made")
 SCALARS = {
     "activation": st.integers(-2, 9),
     "threshold": st.floats(),
     "threads": st.integers(-1, 4),
+    "width": st.sampled_from([-1, 0, 5, 6, 23, 25, 2**31, 2**62]),
 }
 
 
@@ -106,7 +127,7 @@ SCALARS = {
 REFUSED = (InputError, TypeError, AttributeError, RuntimeError, BufferError)
 
 
-@given(st.data(), st.sampled_from(["profile", "edit", "leave_one_out"]))
+@given(st.data(), st.sampled_from(OPS))
 def test_the_library_computes_or_refuses_and_then_writes_nothing(data, op):
     arguments = fitting(data.draw(st.sampled_from(DTYPES[:3])))[op]
     before = {name: (v, v.clone()) for name, v in arguments.items() if torch.is_tensor(v)}
