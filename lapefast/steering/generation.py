@@ -29,13 +29,19 @@ _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batchin
 class Generation:
     """Watches one model's `generate`.
 
+    Args:
+        model: the one whose `generate` is called.
+        device: of its input.
+        edits: how many edits the sequences share out; None for one that all have.
+
     Attributes:
         running: whether a call of it runs.
         prompt: int64 [1], how many positions of the decoder's input were given to it.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, edits: int | None) -> None:
         self.running = False
+        self._edits = edits
         self.prompt = torch.zeros(1, dtype=torch.int64, device=device)
         self._positions = 0
         self._known = self._first = False
@@ -105,14 +111,19 @@ class Generation:
             self.replaced.pop().undo(self._model.__dict__)
         clear(self._model, GENERATION)
 
-    def start(self, positions: int) -> None:
-        """Take the length of a prompt that is about to be read.
+    def start(self, positions: int, prompts: int) -> None:
+        """Take the length of the prompts that are about to be read, and their number.
 
         A call inside another one, an assistant's on the same model, guesses what comes after the
         outer one's prompt.
+
+        Raises:
+            InputError: an edit's rows would begin or end among the beams of one prompt.
         """
         if self._depth > 1 and self._known:
             return
+        if self._edits is not None and prompts % self._edits and self._edits % prompts:
+            raise wrong_batch(prompts, self._edits)
         self._known = self._first = True
         self._caches.clear()
         self._set(positions)
@@ -167,12 +178,22 @@ def _refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _hand_over(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def wrong_batch(sequences: int, edits: int) -> InputError:
+    """What to raise where a batch has another number of sequences than there are edits."""
+    return InputError(
+        f"the model was called with {sequences} sequences, but steer was given {edits} edits; "
+        "give one edit for all, or one per sequence (None for a sequence without)"
+    )
+
+
+def _hand_over(
+    self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any
+) -> tuple[Tensor, dict[str, Any]]:
     """Notes the prompt's length, as it is once start tokens, embeddings and beams are prepared."""
     generation: Generation = self.__dict__[GENERATION]
-    ids, options = expanded = generation.own(_HANDOVER)(*args, **kwargs)
+    ids, options = expanded = generation.own(_HANDOVER)(expand_size, *args, **kwargs)
     embeddings = options.get("inputs_embeds")
     encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
     given = ids if embeddings is None or encoder_decoder else embeddings
-    generation.start(given.shape[1])
+    generation.start(given.shape[1], given.shape[0] // max(expand_size, 1))
     return expanded

@@ -8,12 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lapefast.errors import InputError
 from lapefast.models.placed import in_backward
 from lapefast.models.placement import Placement
 from lapefast.models.rows import StackRows
 from lapefast.models.traces import SETS
-from lapefast.steering.generation import Generation
+from lapefast.steering.generation import Generation, wrong_batch
 
 Where = Literal["all", "prompt", "generated"]
 
@@ -84,10 +83,7 @@ class StackSets(StackRows):
         if self._placement.probing:
             return self._sets.repeat(batch // count + 1)[:batch]
         if batch != count and (not self._generation.running or batch % count):
-            raise InputError(
-                f"the model was called with {batch} sequences, but steer was given {count} edits; "
-                "give one edit for all, or one per sequence (None for a sequence without)"
-            )
+            raise wrong_batch(batch, count)
         # Beams and returned sequences of one input stand side by side.
         return self._sets.repeat_interleave(batch // count)
 

@@ -39,8 +39,9 @@ def steer(
 
     Each sequence of the model's input has its own edit where a list is given. Inside `generate`,
     whose beams and returned sequences multiply the input, a batch of k times as many sequences has
-    k consecutive ones for each edit; outside, the numbers must match. With a list, or with
-    ``where``, one forward pass runs at a time: threads that generate at once need a model each.
+    k consecutive ones for each edit: every prompt one edit, or every prompt equally many. Outside,
+    the numbers must match. With a list, or with ``where``, one forward pass runs at a time: threads
+    that generate at once need a model each.
 
     Args:
         model: any model whose FFNs `lapefast.models.find_sites` finds; the one whose `generate` is
@@ -134,7 +135,7 @@ class Steering:
     def _tell_rows(self, model: nn.Module, sets: list[int] | None, where: Where) -> None:
         """Let every stack find the edit set of each of its rows before it runs."""
         device = input_device(model)
-        self._generation = Generation(model, device)
+        self._generation = Generation(model, device, None if sets is None else len(sets))
         found = stacks(self._placement.bare)
         for name, module in found.items():
             reads_only = name == "encoder" and len(found) > 1

@@ -355,6 +355,32 @@ def test_a_batch_that_does_not_match_the_edits_is_refused_and_the_model_kept():
     plain.assert_untouched(before, model)
 
 
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+def test_edits_that_would_share_out_the_beams_of_one_prompt_are_refused(option):
+    model, edits = shared("llama"), edits_of(by_name("llama"))
+    before = plain.attributes(model)
+    more = {option: 2, "do_sample": option == "num_return_sequences"}
+    with lf.steer(model, edits[:2]) as steering:
+        with pytest.raises(InputError, match="3 sequences, but steer was given 2 edits"):
+            model.generate(IDS, **OPTIONS, **more)
+        model.generate(IDS[:2], **OPTIONS, **more)
+        steering.remove()
+    plain.assert_untouched(before, model)
+
+
+def test_the_returned_sequences_of_one_prompt_may_have_an_edit_each():
+    model, edits = shared("llama"), edits_of(by_name("llama"))
+
+    def generate(ids, **more):
+        torch.manual_seed(0)
+        return model.generate(ids, **OPTIONS, do_sample=True, **more)
+
+    with lf.steer(model, edits):
+        expected = generate(IDS[:1].expand(len(edits), -1))
+        found = generate(IDS[:1], num_return_sequences=len(edits))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
