@@ -11,6 +11,7 @@ import transformers
 import lapefast as lf
 from lapefast import demo
 from lapefast.cli import main
+from lapefast.cli.edits import build_edit
 from lapefast.neurons import NeuronSets, load_edits
 from lapefast.neurons.layout import Layout
 
@@ -56,9 +57,9 @@ def refused(result, *said: str) -> None:
         assert words in result.err
 
 
-def continued(made, edit, prompt: str, count: int) -> list[int]:
+def continued(made, edit, prompt: str, count: int, where="all") -> list[int]:
     ids = made.tokenizer(prompt, return_tensors="pt").input_ids
-    with lf.steer(made.model, edit), torch.no_grad():
+    with lf.steer(made.model, edit, where), torch.no_grad():
         new = made.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
         )
@@ -85,6 +86,41 @@ def test_generate_continues_with_the_edit_of_its_options(lapefast, made, files, 
         assert row["unedited"] == made.tokenizer.decode(plain, skip_special_tokens=True)
         assert f"prompt: {row['prompt']}" in result.out
     assert result.out.count("unedited: ") == 2
+
+
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+def test_generate_edits_where_it_is_told_to(where, lapefast, made, files, tmp_path):
+    output = tmp_path / "texts.jsonl"
+    result = lapefast(
+        *("generate", *model_of(made, files), "-o", output, "--scale", "zh=-300", "--where", where),
+        *("--max-new-tokens", 8, "--prompt", PROMPTS[0], *ALIKE),
+    )
+    assert result.code == 0
+    (row,) = (json.loads(line) for line in output.read_text().splitlines())
+    edit = lf.scale(NeuronSets.load(files / "neurons.json")["zh"], -300.0)
+    assert row["tokens"] == continued(made, edit, PROMPTS[0], 8, where)
+    others = {"all", "prompt", "generated"} - {where}
+    assert all(row["tokens"] != continued(made, edit, PROMPTS[0], 8, one) for one in others)
+
+
+def test_of_two_edits_of_a_neuron_the_order_of_options_does_not_decide(files, tmp_path):
+    """But this one: deactivate, scale, add, activate."""
+    sets, profile = NeuronSets.load(files / "neurons.json"), lf.Profile.load(files / "profile")
+    neurons, labels = sets["en"], ("en", "zh", "fr")
+    NeuronSets(dict.fromkeys(labels, neurons), sets.layout).save(tmp_path / "alike.json")
+    steps = {
+        "deactivate": (["en"], lf.deactivate(neurons)),
+        "scale": (["fr=3"], lf.scale(neurons, 3.0)),
+        "add": (["fr"], lf.add(neurons, profile.means("fr"), 2.0)),
+        "activate": (["zh"], lf.activate(neurons, profile.means("zh"))),
+    }
+    for later in range(1, len(steps)):
+        names = list(steps)[: later + 1]
+        given = [steps[name][0] if name in names else None for name in steps]
+        edit = build_edit(tmp_path / "alike.json", None, files / "profile", *given, 2.0)
+        expected = steps[names[-1]][1]
+        for site, table in expected.tables.items():
+            assert all(map(torch.equal, edit.tables[site], table)), names
 
 
 def test_generate_adds_means_times_a_strength(lapefast, made, files, tmp_path):
@@ -140,24 +176,15 @@ def test_sweep_writes_generations_and_prints_a_summary(lapefast, made, files, tm
     corpora = [f"--corpus={label}={made.train[label]}" for label in ("en", "zh", "fr")]
     result = lapefast(
         *("sweep", *model_of(made, files), "--profile", files / "profile", "-o", output),
-        *(
-            "--prompts",
-            prompts,
-            "--labels",
-            "en,zh,fr",
-            "--pair",
-            "en=zh",
-            "--pair",
-            "zh=zh",
-            "--random-sets",
-            1,
-        ),
+        *("--prompts", prompts, "--labels", "en,zh,fr", "--pair", "en=zh", "--pair", "zh=zh"),
+        *("--random-sets", 1, "--where", "generated", "--strength", 2.5),
         *("--max-new-tokens", 4, *corpora, "--seq-len", 32, "--max-tokens", 512, *ALIKE),
     )
     assert result.code == 0
     about, *rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert about["metadata"]["prompts_source"] == "prompts.jsonl"
-    assert about["metadata"]["strength"] == 1.0
+    assert about["metadata"]["strength"] == 2.5
+    assert about["metadata"]["where"] == "generated"
     shown = lapefast("info", output)
     assert "prompts.jsonl" in shown.out
     assert "diffmean" in shown.out

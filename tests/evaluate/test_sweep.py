@@ -184,33 +184,43 @@ def test_likelihoods_are_those_of_the_unedited_model(model, neurons, profile):
         assert row.nll == pytest.approx(expected, abs=16 * 2**-19)
 
 
+def same_edit(one, other) -> bool:
+    return list(one.tables) == list(other.tables) and all(
+        torch.equal(mine, theirs)
+        for site, table in one.tables.items()
+        for mine, theirs in zip(table, other.tables[site], strict=True)
+    )
+
+
 def test_the_edits_are_those_of_source_and_target(model, neurons, profile, means, monkeypatch):
-    placed = []
+    placed, drawn = [], []
 
     def steer(model, edits, where):
-        placed.append(edits)
+        placed.append((edits, where))
         return lf.steer(model, edits, where)
 
+    def draw(neurons, generator):
+        drawn.append(random_like(neurons, generator))
+        return drawn[-1]
+
     monkeypatch.setattr("lapefast.steering.continuations.steer", steer)
-    run(model, neurons, profile, means=means, pairs=[("en", "zh")], random_sets=1)
-    assert len(placed) == 1  # one batch, steered once
-    distinct = {id(edit): edit for edit in placed[0] if edit is not None}.values()
-    edits = [edit for edit in distinct if not isinstance(edit, Shift)]
-    expected = lf.deactivate(neurons["en"]) | lf.activate(neurons["zh"], profile.means("zh"))
-    same = [
-        all(
-            torch.equal(mine, theirs)
-            for site, table in expected.tables.items()
-            for mine, theirs in zip(edit.tables[site], table, strict=True)
-        )
-        for edit in edits
-        if [*map(len, (table[0] for table in edit.tables.values()))]
-        == [*map(len, (table[0] for table in expected.tables.values()))]
-    ]
-    assert len(edits) == 2
-    assert any(same)
+    monkeypatch.setattr(plan, "random_like", draw)
+    options = {"pairs": [("en", "zh")], "random_sets": 1, "where": "generated"}
+    shifted = {"means": means, "strength": 2.5, "shift_layers": [0]}
+    run(model, neurons, profile, **options, **shifted)
+    ((edits, where),) = placed  # one batch, steered once
+    assert where == "generated"
+    distinct = {id(edit): edit for edit in edits if edit is not None}.values()
+    edited, random = (edit for edit in distinct if not isinstance(edit, Shift))
+    values = profile.means("zh")
+    own = lf.deactivate(neurons["en"]) | lf.activate(neurons["zh"], values)
+    of_en, of_zh = drawn
+    assert same_edit(edited, own)
+    assert same_edit(random, lf.deactivate(of_en) | lf.activate(of_zh, values))
     (shift,) = (edit for edit in distinct if isinstance(edit, Shift))
-    assert torch.equal(shift.vectors["layers.1"], means.towards("zh").vectors["layers.1"])
+    expected = means.towards("zh", [0], 2.5)
+    assert list(shift.vectors) == list(expected.vectors) == ["layers.0"]
+    assert torch.equal(shift.vectors["layers.0"], expected.vectors["layers.0"])
 
 
 def test_equal_edits_of_equal_prompts_are_generated_once(model, neurons, profile, monkeypatch):
@@ -255,18 +265,23 @@ def test_the_summary_says_how_often_the_target_is_reached(model, neurons, profil
     found = run(model, neurons, profile, means=means)
     (pair,) = (one for one in found.summary() if (one.source, one.target) == ("en", "zh"))
     assert pair.overlap == 1
-    rows = [row for row in by_kind(found, "edited") if (row.source, row.target) == ("en", "zh")]
-    assert pair.edited.share == sum(row.language == "zh" for row in rows) / 2
-    tokens = sum(len(row.tokens) for row in rows)
-    nll = sum(row.nll * len(row.tokens) for row in rows) / tokens
-    assert pair.edited.perplexity == pytest.approx(math.exp(nll), rel=1e-12)
+
+    def check(summary, kind, target="zh", index=None):
+        about = ("en", target, kind, index)
+        rows = [row for row in found.rows if (row.source, row.target, row.kind, row.set) == about]
+        assert summary.share == sum(row.language == "zh" for row in rows) / 2
+        tokens = sum(len(row.tokens) for row in rows)
+        nll = sum(row.nll * len(row.tokens) for row in rows) / tokens
+        assert summary.perplexity == pytest.approx(math.exp(nll), rel=1e-12)
+        return summary.perplexity
+
+    kinds = [check(pair.edited, "edited"), check(pair.diffmean, "diffmean")]
+    kinds += [check(one, "random", index=index) for index, one in enumerate(pair.random)]
+    kinds += [check(pair.unedited, "unedited", target=None)]
+    assert len(set(kinds)) == len(kinds) == 5  # so that none was taken for another
     shares = [one.share for one in pair.random]
-    assert len(shares) == 2
     assert pair.random_range == (min(shares), max(shares))
     assert pair.random_mean.share == pytest.approx(sum(shares) / 2)
-    unedited = [row for row in by_kind(found, "unedited") if row.source == "en"]
-    assert pair.unedited.share == sum(row.language == "zh" for row in unedited) / 2
-    assert pair.diffmean is not None
 
 
 def test_without_random_sets_and_means_there_is_nothing_of_them(model, neurons, profile):
