@@ -282,6 +282,37 @@ def test_a_chat_that_goes_on_from_its_cache_has_its_new_turn_as_prompt():
         assert torch.equal(second(turn), whole)
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="before transformers 5, generate takes a prompt to hold what the cache holds",
+)
+@torch.no_grad()
+def test_a_turn_given_without_what_the_cache_holds_is_the_prompt():
+    model, edit = shared("llama"), edits_of(by_name("llama"))[2]
+    talk = torch.cat([IDS, IDS.flip(1), IDS.flip(0)], dim=1)
+    with lf.steer(model, edit, where="prompt"):
+        expected = model(talk).logits[:, -1]
+        cache = transformers.DynamicCache(config=model.config)
+        model(IDS, past_key_values=cache)
+        found = model.generate(
+            talk[:, IDS.shape[1] :], attention_mask=torch.ones_like(talk), past_key_values=cache,
+            do_sample=False, return_dict_in_generate=True, output_logits=True, **OPTIONS,
+        ).logits[0]  # fmt: skip
+    # A sum over a cache may be made in another order.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((model(talk).logits[:, -1] - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+@torch.no_grad()
+def test_a_batch_of_another_size_is_told_apart_outside_generate(where):
+    model, edit = shared("llama"), edits_of(by_name("llama"))[2]
+    with lf.steer(model, edit, where=where):
+        expected = model(IDS).logits
+        assert torch.equal(model(IDS[:1].expand(2, -1)).logits[1], expected[0])
+        assert torch.equal(model(IDS).logits, expected)
+
+
 @pytest.mark.parametrize("where", ["all", "prompt", "generated"])
 def test_embeddings_as_input_are_the_prompt(where):
     model, edits = shared("llama"), edits_of(by_name("llama"))
