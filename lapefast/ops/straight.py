@@ -47,6 +47,7 @@ def profile(
     if (
         not torch.compiler.is_compiling()
         and type(gate) is Tensor
+        and (up is None or type(up) is Tensor)
         and gate.is_cpu
         and backend_for(backend, "cpu") is cpu
         and _nothing_between()

@@ -398,9 +398,11 @@ def test_a_profile_with_gradients_or_other_tensors_goes_through_the_op(device, b
         run_profile(leaf, up, "silu", None, Tally(1, WIDTH), backend=backend)
         assert len(calls) == 2
         run_profile(torch.nn.Parameter(gate), up, "silu", None, Tally(1, WIDTH), backend=backend)
-    assert len(calls) == 3
-    run_profile(gate, up, "silu", None, Tally(1, WIDTH), backend="reference")
+        assert len(calls) == 3
+        run_profile(gate, torch.nn.Parameter(up), "silu", None, Tally(1, WIDTH), backend=backend)
     assert len(calls) == 4
+    run_profile(gate, up, "silu", None, Tally(1, WIDTH), backend="reference")
+    assert len(calls) == 5
 
 
 def test_negative_views_are_resolved(device, backend, calls):

@@ -284,23 +284,31 @@ def test_a_chat_that_goes_on_from_its_cache_has_its_new_turn_as_prompt():
 
 @pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,
-    reason="before transformers 5, generate takes a prompt to hold what the cache holds",
+    reason="transformers 4 takes every prompt to begin with what the cache holds, so there is no "
+    "such call; goes with the support of it",
 )
 @torch.no_grad()
 def test_a_turn_given_without_what_the_cache_holds_is_the_prompt():
     model, edit = shared("llama"), edits_of(by_name("llama"))[2]
     talk = torch.cat([IDS, IDS.flip(1), IDS.flip(0)], dim=1)
-    with lf.steer(model, edit, where="prompt"):
-        expected = model(talk).logits[:, -1]
+    cached, turn = talk.split([IDS.shape[1], 2 * IDS.shape[1]], dim=1)
+
+    def after_the_turn():
+        """The logits of its last position, which read positions of the prompt only."""
         cache = transformers.DynamicCache(config=model.config)
-        model(IDS, past_key_values=cache)
-        found = model.generate(
-            talk[:, IDS.shape[1] :], attention_mask=torch.ones_like(talk), past_key_values=cache,
+        model(cached, past_key_values=cache)
+        return model.generate(
+            turn, attention_mask=torch.ones_like(talk), past_key_values=cache,
             do_sample=False, return_dict_in_generate=True, output_logits=True, **OPTIONS,
         ).logits[0]  # fmt: skip
-    # A sum over a cache may be made in another order.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert float((model(talk).logits[:, -1] - expected).abs().max()) > 1e-3
+
+    found = {}
+    for where in ("all", "prompt", "generated"):
+        with lf.steer(model, edit, where=where):
+            found[where] = after_the_turn()
+    assert torch.equal(found["prompt"], found["all"])
+    assert torch.equal(found["generated"], after_the_turn())
+    assert not torch.equal(found["prompt"], found["generated"])
 
 
 @pytest.mark.parametrize("where", ["prompt", "generated"])
