@@ -32,13 +32,13 @@ TESTED := test test-covered test-long fuzz test-sanitizers test-cuda-on-cpu test
 $(TESTED): export PYTEST_ADDOPTS ?= --numprocesses=$(JOBS) --dist=loadfile
 $(TESTED): export OMP_WAIT_POLICY ?= PASSIVE
 
-test: $(VENV)/.ready
+test: $(VENV)/.test-ready
 	$(DEMO_MODEL)
 	$(PYTEST) -m "not long"
 
 # `test`, and after it the lines of lapefast/ that ran; fails where a sentence about bad input did
 # not come.
-test-covered: $(VENV)/.ready
+test-covered: $(VENV)/.test-ready
 	rm -f build/coverage build/coverage.*
 	mkdir -p build
 	$(DEMO_MODEL)
@@ -50,46 +50,46 @@ test-covered: $(VENV)/.ready
 test-all: test-covered lint test-long test-cpp test-sanitizers test-arm test-cuda-on-cpu test-triton \
 	test-wheel test-transformers4 test-vllm
 
-test-long: $(VENV)/.ready
+test-long: $(VENV)/.test-ready
 	$(DEMO_MODEL)
 	$(PYTEST) -m long
 
 # The property tests on new examples every time: what fails is printed with how to repeat it.
-fuzz: $(VENV)/.ready
+fuzz: $(VENV)/.test-ready
 	$(PYTEST) tests/properties --hypothesis-profile=long
 
-test-cpp: $(VENV)/.ready
+test-cpp: $(VENV)/.test-ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh release
 
 # The C++ tests under the address, undefined-behaviour and thread sanitizers; the native library, as
 # Python calls it, under the first two.
-test-sanitizers: $(VENV)/.ready
+test-sanitizers: $(VENV)/.test-ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cpp.sh address,undefined thread
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/native_sanitized.sh
 
 # The CPU kernels compiled for 64-bit Arm and run under emulation, as far as the tools are there.
-test-arm: $(VENV)/.ready
+test-arm: $(VENV)/.test-ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/arm.sh
 
 # The GPU's kernels without a GPU: CUDA C++ compiled for the CPU, Triton in its interpreter. (What
 # they compile to for a GPU is read in tests/kernels_compiled, by `make test`.)
-test-cuda-on-cpu: $(VENV)/.ready
+test-cuda-on-cpu: $(VENV)/.test-ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/cuda_on_cpu.sh
 
-test-triton: $(VENV)/.ready
+test-triton: $(VENV)/.test-ready
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/triton_interpreted.sh
 
 # A wheel from a clean copy, built in isolation, tested in an environment and directory of its own;
 # then the same without the native library.
-test-wheel: $(VENV)/.ready
+test-wheel: $(VENV)/.test-ready
 	$(DEMO_MODEL)
 	PYTHON=$(CURDIR)/$(BIN)/python TORCH=$(TORCH) sh tests/wheel.sh
 
-test-transformers4: $(VENV)/.ready
+test-transformers4: $(VENV)/.test-ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/transformers4.sh
 
 # Serving by vLLM, every command of docs/serving.md included.
-test-vllm: $(VENV)/.ready
+test-vllm: $(VENV)/.test-ready
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests/vllm.sh
 
 bench: $(VENV)/.bench-ready
@@ -99,7 +99,7 @@ bench: $(VENV)/.bench-ready
 gpu:
 	PYTHON=$(PYTHON) sh tests/gpu.sh
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files csrc | grep -E '\.(cpp|h|inc|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
@@ -115,10 +115,15 @@ $(TORCH_STAMP):
 
 # The native library is built here, in isolation and without torch.
 $(VENV)/.ready: $(TORCH_STAMP) $(SOURCES)
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable .
+	touch $@
+
+# What the tests need besides; lapefast itself is there, and not built again.
+$(VENV)/.test-ready: $(VENV)/.ready
+	$(PIP) 'lapefast[test]'
 	touch $@
 
 # The libraries that the benchmark compares with.
 $(VENV)/.bench-ready: $(VENV)/.ready
-	$(PIP) --editable '.[bench]'
+	$(PIP) 'lapefast[bench]'
 	touch $@

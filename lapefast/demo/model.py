@@ -86,7 +86,11 @@ def train_model(
             )
         )
         optimizer = torch.optim.AdamW(
-            model.parameters(), recipe.learning_rate, (0.9, 0.95), weight_decay=recipe.weight_decay
+            model.parameters(),
+            recipe.learning_rate,
+            (0.9, 0.95),
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
