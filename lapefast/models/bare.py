@@ -80,6 +80,12 @@ def stacks(bare: nn.Module) -> dict[str, nn.Module]:
     return {"encoder" if "encoder" in bare._modules else "decoder": _reader(bare)}
 
 
+def stack_of(path: str, bare: nn.Module) -> str:
+    """The stack whose tokens pass through a module, by its path in the bare model."""
+    names = list(stacks(bare))
+    return names[0] if len(names) == 1 or path.startswith("encoder.") else "decoder"
+
+
 def _reader(bare: nn.Module) -> nn.Module:
     """What reads the token ids: the model, or its part that a causal form calls past it (OPT)."""
     part = bare._modules.get("decoder")

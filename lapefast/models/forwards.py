@@ -12,9 +12,18 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn import functional
+
+# The functions that a forward may call instead of a module, and the modules that call just them.
+_FUNCTIONS = (
+    (functional.silu, nn.SiLU()),
+    (functional.relu, nn.ReLU()),
+    (functional.gelu, nn.GELU()),
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,20 @@ class GatedForward:
     Attributes:
         gate: makes the gate, or gate and up in one tensor where ``up`` is None (gate first).
         up: makes up, or None.
-        activation, down: the activation and the last projection.
+        activation: the activation, or None where the forward calls a function.
+        down: the last projection.
+        function: a module that computes what the forward's function does, or None.
     """
 
     gate: str
     up: str | None
-    activation: str
+    activation: str | None
     down: str
+    function: nn.Module | None = None
+
+    def activation_of(self, owner: nn.Module) -> nn.Module:
+        """The module that computes the activation of an FFN of this form."""
+        return owner._modules.get(self.activation, self.function)
 
 
 def read_forward(module: nn.Module) -> GatedForward | None:
@@ -67,7 +83,7 @@ def _read_class(cls: type) -> GatedForward | None:
     if cls.__call__ is not nn.Module.__call__:
         return None
     expression = _read_function(cls.forward)
-    return None if expression is None else _match(expression)
+    return None if expression is None else _match(expression, cls.forward.__globals__)
 
 
 def _read_function(function: object) -> ast.expr | None:
@@ -133,7 +149,7 @@ def _substitute(expression: ast.expr, values: dict[str, ast.expr]) -> ast.expr:
     return Substitute().visit(ast.parse(ast.unparse(expression), mode="eval").body)
 
 
-def _match(expression: ast.expr) -> GatedForward | None:
+def _match(expression: ast.expr, names: Mapping[str, object]) -> GatedForward | None:
     match expression:
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id="self"), attr=down),
@@ -141,24 +157,42 @@ def _match(expression: ast.expr) -> GatedForward | None:
             keywords=[],
         ):
             # A product of two is the same bits in either order.
-            return _match_factors(left, right, down) or _match_factors(right, left, down)
+            return _match_factors(left, right, down, names) or _match_factors(
+                right, left, down, names
+            )
     return None
 
 
-def _match_factors(activated: ast.expr, up: ast.expr, down: str) -> GatedForward | None:
+def _match_factors(
+    activated: ast.expr, up: ast.expr, down: str, names: Mapping[str, object]
+) -> GatedForward | None:
     match activated:
         case ast.Call(
-            func=ast.Attribute(value=ast.Name(id="self"), attr=activation),
-            args=[gate],
-            keywords=[],
+            func=ast.Attribute(value=ast.Name(id="self"), attr=activation), args=[gate], keywords=[]
         ):
-            gate_name, up_name = _projection(gate), _projection(up)
-            if gate_name and up_name:
-                return GatedForward(gate_name, up_name, activation, down)
-            gate_half, up_half = _half(gate, 0), _half(up, 1)
-            if gate_half and gate_half == up_half:
-                return GatedForward(gate_half, None, activation, down)
+            function = None
+        case ast.Call(func=called, args=[gate], keywords=[]):
+            activation, function = None, _module_for(called, names)
+            if function is None:
+                return None
+        case _:
+            return None
+    gate_name, up_name = _projection(gate), _projection(up)
+    if gate_name and up_name:
+        return GatedForward(gate_name, up_name, activation, down, function)
+    gate_half, up_half = _half(gate, 0), _half(up, 1)
+    if gate_half and gate_half == up_half:
+        return GatedForward(gate_half, None, activation, down, function)
     return None
+
+
+def _module_for(called: ast.expr, names: Mapping[str, object]) -> nn.Module | None:
+    """The module for the function that an expression names among a forward's globals."""
+    first, *rest = ast.unparse(called).removeprefix("global ").split(".")
+    found = names.get(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return next((module for function, module in _FUNCTIONS if function is found), None)
 
 
 def _projection(expression: ast.expr) -> str | None:

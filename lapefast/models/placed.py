@@ -374,7 +374,8 @@ def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
     counts, and an attribute of a module takes ten times as long to find as an entry of a dict.
     """
     form, edits, modules = state.form, state.edits, self._modules
-    gate, activation, down = _projected(modules[form.gate], x), modules[form.activation], form.down
+    gate, down = _projected(modules[form.gate], x), form.down
+    activation = modules.get(form.activation, form.function)
     up = None
     if form.up is None:
         gate, up = gate.chunk(2, dim=-1)
@@ -400,7 +401,7 @@ def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
     """The forward of an FFN that is counted, edited, or both."""
     form, modules = state.form, self._modules
-    projection, activation = modules[form.gate], modules[form.activation]
+    projection, activation = modules[form.gate], form.activation_of(self)
     gate = projection(x)
     if form.up is None:
         gate, up = gate.chunk(2, dim=-1)

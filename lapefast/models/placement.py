@@ -206,6 +206,12 @@ class Placement:
             target, forward = ffn.activation, expert_activation_forward
         elif ffn.forward and not _own_forward(ffn.owner):
             target, forward = ffn.owner, gated_forward
+        elif ffn.forward and ffn.forward.function is not None:
+            raise InputError(
+                f"{ffn.site.name} calls its activation as a function and computes by a forward "
+                "that is not its class's, so nothing can be placed there; undo that replacement "
+                "first"
+            )
         elif sum(other.activation is ffn.activation for other in self.ffns) > 1:
             raise InputError(
                 f"{ffn.site.name} shares its activation module with another FFN and computes by a "

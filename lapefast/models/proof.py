@@ -201,11 +201,29 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
 
     if state.form is None:
         return edited(module, given, state.original(module)(*given, **options)), seen[0]
+    if state.form.function is not None:
+        return _composed(state, module, *given)
     hook = getattr(module, state.form.activation).register_forward_hook(edited)
     try:
         return state.original(module)(*given, **options), seen[0]
     finally:
         hook.remove()
+
+
+def _composed(state: SiteState, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the activation is a function, which no hook sees: step by step.
+
+    Raises:
+        InputError: where the steps give something else than the original does.
+    """
+    form, modules = state.form, module._modules
+    gate = modules[form.gate](x)
+    gate, up = gate.chunk(2, dim=-1) if form.up is None else (gate, modules[form.up](x))
+    activation = form.function(gate)
+    if not _agree(state.original(module)(x), modules[form.down](activation * up), exact=True):
+        raise _differs(state, type(module).__name__)
+    edited = _edited(state, activation)
+    return modules[form.down](edited * up), edited
 
 
 def _edited(state: SiteState, activation: Tensor) -> Tensor:

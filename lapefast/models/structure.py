@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model, named_modules
+from lapefast.models.bare import bare_model, named_modules, stack_of
 from lapefast.models.forwards import GatedForward, has_limited_swish, read_forward
 from lapefast.models.sites import Site
 
@@ -99,7 +99,7 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
         mixtures: take mixtures of experts, too; without it a model that has one is refused.
     """
     bare = bare_model(model)
-    found = [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module)]
+    found = [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, bare)]
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
@@ -125,14 +125,9 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
     return found
 
 
-def stack_of(path: str) -> str:
-    """The stack whose tokens pass through a module, by its path in the bare model."""
-    return "encoder" if path.startswith("encoder.") else "decoder"
-
-
-def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
+def _ffn_at(path: str, module: nn.Module, bare: nn.Module) -> Iterator[FFN]:
     if _is_mixture(path, module):
-        yield _mixture(path, module)
+        yield _mixture(path, module, bare)
         return
     parts = _parts_by_table(path, module) or _parts_by_shape(module)
     if parts is None:
@@ -140,9 +135,9 @@ def _ffn_at(path: str, module: nn.Module) -> Iterator[FFN]:
     activation, last, gated = parts
     width = _features(last)[0]
     forward = read_forward(module)
-    if forward and module._modules[forward.activation] is not activation:
+    if forward and forward.activation_of(module) is not activation:
         forward = None
-    site = Site(path, width, type(activation).__name__, stack_of(path))
+    site = Site(path, width, type(activation).__name__, stack_of(path, bare))
     yield FFN(site, module, activation, last, gated, forward)
 
 
@@ -159,6 +154,9 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
             activation = _child(module, name)
             if isinstance(activation, nn.Module):
                 return activation, last, len(first) == 2 or widened != width
+        forward = read_forward(module)
+        if forward and forward.function is not None:
+            return forward.function, last, True
         raise InputError(
             f"the FFN {path or type(module).__name__} ({type(module).__name__}) calls its "
             "activation as a function, which can't be observed; make it a module of the FFN named "
@@ -195,7 +193,7 @@ def _is_mixture(path: str, module: nn.Module) -> bool:
     )
 
 
-def _mixture(path: str, module: nn.Module) -> FFN:
+def _mixture(path: str, module: nn.Module, bare: nn.Module) -> FFN:
     """The experts that transformers keeps in one module and runs in its several ways.
 
     What `use_experts_implementation` makes of their class tells them, and what their weights mean.
@@ -220,7 +218,7 @@ def _mixture(path: str, module: nn.Module) -> FFN:
         path,
         shape[1] if module.is_transposed else shape[2],
         type(activation).__name__,
-        stack_of(path),
+        stack_of(path, bare),
         experts=shape[0],
     )
     return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)

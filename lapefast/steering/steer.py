@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lapefast import ops
 from lapefast.errors import InputError
-from lapefast.models.bare import stacks
+from lapefast.models.bare import stack_of, stacks
 from lapefast.models.columns import Columns
 from lapefast.models.inputs import input_device
 from lapefast.models.linears import find_linears, out_features
@@ -17,7 +17,7 @@ from lapefast.models.placed import SiteEdits, SiteState
 from lapefast.models.placement import Placement, chosen_backend, device_of
 from lapefast.models.rows import RowIndex, rows_at
 from lapefast.models.sites import Site
-from lapefast.models.structure import FFN, stack_of
+from lapefast.models.structure import FFN
 from lapefast.neurons import Edit, bind_all
 from lapefast.steering.generation import Generation
 from lapefast.steering.outputs import PlacedOutputs
@@ -201,7 +201,12 @@ class Steering:
         layers = find_linears(model)
         made = {
             site: self._edits_of(
-                Site(site, out_features(layer), type(layer).__name__, stack_of(site)),
+                Site(
+                    site,
+                    out_features(layer),
+                    type(layer).__name__,
+                    stack_of(site, self._placement.bare),
+                ),
                 next(layer.parameters()).device,
             )
             for site, layer in layers.items()

@@ -486,19 +486,20 @@ def test_metadata_say_what_was_recorded(llama):
     assert metadata["versions"].keys() == {"lapefast", "torch", "transformers"}
 
 
+@pytest.mark.parametrize("name", ["text", "encoder"])
 @torch.no_grad()
-def test_sites_that_no_token_reaches_are_left_out_and_named(caplog):
+def test_sites_that_no_token_reaches_are_left_out_and_named(name, caplog):
     class WithTower(torch.nn.Module):
         """A model with an FFN that text does not pass."""
 
         def __init__(self):
             super().__init__()
-            self.text = by_name("llama").build().model
+            self.add_module(name, by_name("llama").build().model)
             self.tower = by_name("gpt2").build().transformer.h[0].mlp
-            self.config = self.text.config
+            self.config = getattr(self, name).config
 
         def forward(self, input_ids, use_cache=None):
-            return self.text(input_ids, use_cache=use_cache)
+            return getattr(self, name)(input_ids, use_cache=use_cache)
 
     model = WithTower()
     with lf.record(model, LABELS) as recorder:
@@ -507,7 +508,7 @@ def test_sites_that_no_token_reaches_are_left_out_and_named(caplog):
         model(IDS)
     with caplog.at_level(logging.WARNING, "lapefast"):
         profile = recorder.profile()
-    assert profile.sites == ["text.layers.0.mlp", "text.layers.1.mlp"]
+    assert profile.sites == [f"{name}.layers.0.mlp", f"{name}.layers.1.mlp"]
     assert "tower" in caplog.text
 
 
