@@ -33,8 +33,8 @@ class Recipe:
     heads: int = 4
     context: int = 512
     seq_len: int = 128
-    batch_size: int = 14
-    steps: int = 400
+    batch_size: int = 7
+    steps: int = 500
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
     seed: int = 0
