@@ -9,8 +9,8 @@ constexpr int lanes = 4;
 F widen_half(HalfBits bits) { return widen_half_portable(bits); }
 HalfBits narrow_half(F values) { return narrow_half_portable(values); }
 
-Pair exp_bfloat16(Pair x) { return exp_exact(x); }
-Pair exp_float16(Pair x) { return exp_exact(x); }
+LAPEFAST_INLINE Pair exp_bfloat16(Pair x) { return exp_exact(x); }
+LAPEFAST_INLINE Pair exp_float16(Pair x) { return exp_exact(x); }
 U count_above(U counts, Pair values, float threshold) {
   return count_above_portable(counts, values, threshold);
 }

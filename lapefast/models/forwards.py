@@ -83,7 +83,10 @@ def _read_class(cls: type) -> GatedForward | None:
     if cls.__call__ is not nn.Module.__call__:
         return None
     expression = _read_function(cls.forward)
-    return None if expression is None else _match(expression, cls.forward.__globals__)
+    if expression is None:
+        return None
+    names = inspect.getclosurevars(cls.forward)
+    return _match(expression, {**names.globals, **names.nonlocals})
 
 
 def _read_function(function: object) -> ast.expr | None:
@@ -187,7 +190,7 @@ def _match_factors(
 
 
 def _module_for(called: ast.expr, names: Mapping[str, object]) -> nn.Module | None:
-    """The module for the function that an expression names among a forward's globals."""
+    """The module for the function that an expression calls, by a forward's ``names``."""
     first, *rest = ast.unparse(called).removeprefix("global ").split(".")
     found = names.get(first)
     for name in rest:

@@ -169,6 +169,37 @@ def test_a_function_is_known_by_what_it_is_and_not_by_how_it_is_called():
     assert [site.activation for site in models.find_sites(model)] == ["ReLU"]
 
 
+def in_closure(functional) -> type[nn.Module]:
+    """A block whose forward finds its function by a name of the function that made its class."""
+
+    class Closed(Block):
+        def forward(self, x):
+            return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+    return Closed
+
+
+def test_a_function_is_looked_up_where_the_forward_finds_it():
+    assert models.find_sites(Stack(in_closure(functional)))[0].activation == "SiLU"
+    other = types.SimpleNamespace(silu=torch.tanh)
+    with pytest.raises(InputError, match="the FFN ffn \\(Closed\\) calls its activation as a func"):
+        models.find_sites(Stack(in_closure(other)))
+
+
+@torch.no_grad()
+def test_such_a_forward_compiles_whole():
+    model = Stack(Block)
+    expected = model(IDS)
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS)
+        counted = recorder.profile().counts["ffn"].clone()
+        recorder.set(label="a")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert plain.same(compiled(IDS), expected)
+        assert torch.equal(recorder.profile().counts["ffn"], 2 * counted)
+
+
 @pytest.mark.parametrize("block", [WithOptions, Unknown, Clamped])
 def test_a_function_that_is_not_known_or_not_all_is_refused_by_name(block):
     with pytest.raises(InputError, match=f"the FFN ffn \\({block.__name__}\\) calls its act"):
