@@ -20,7 +20,7 @@ __all__ = ["demo"]
 
 _SEQ_LEN = 128
 _PROFILE_TOKENS = 2**14
-_VALID_TOKENS = 1280
+_VALID_TOKENS = 768
 _BATCH_SIZE = 8
 _PROMPTS = 2
 _NEW_TOKENS = 16
@@ -187,7 +187,7 @@ def _other_methods(made: Demo, texts: dict[str, Path], output: Path) -> tuple[di
         "frequency",
         _FEW,
         seq_len=_SEQ_LEN,
-        max_tokens=_VALID_TOKENS // 4,
+        max_tokens=_VALID_TOKENS // 3,
     )
     sets = {
         "plnd": plnd,
