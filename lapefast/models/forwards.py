@@ -191,7 +191,10 @@ def _match_factors(
 
 def _module_for(called: ast.expr, names: Mapping[str, object]) -> nn.Module | None:
     """The module for the function that an expression calls, by a forward's ``names``."""
-    first, *rest = ast.unparse(called).removeprefix("global ").split(".")
+    scope, _, path = ast.unparse(called).partition(" ")
+    if scope != "global":
+        return None
+    first, *rest = path.split(".")
     found = names.get(first)
     for name in rest:
         found = getattr(found, name, None)

@@ -11,12 +11,11 @@ import torch
 from families import IDS, MODERN
 from torch import nn
 from torch.nn import functional
+from transformers.models.lfm2 import modeling_lfm2 as lfm2
 
 import lapefast as lf
 from lapefast import models
 from lapefast.errors import InputError
-
-lfm2 = pytest.importorskip("transformers.models.lfm2.modeling_lfm2")
 
 SITES = ("layers.0.feed_forward", "layers.1.feed_forward")
 EDITED = {SITES[0]: [0, 3], SITES[1]: [51]}
