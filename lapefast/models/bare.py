@@ -7,7 +7,7 @@ taken off the model and their prefixes out of every path.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -80,10 +80,9 @@ def stacks(bare: nn.Module) -> dict[str, nn.Module]:
     return {"encoder" if "encoder" in bare._modules else "decoder": _reader(bare)}
 
 
-def stack_of(path: str, bare: nn.Module) -> str:
-    """The stack whose tokens pass through a module, by its path in the bare model."""
-    names = list(stacks(bare))
-    return names[0] if len(names) == 1 or path.startswith("encoder.") else "decoder"
+def stack_of(path: str, names: Collection[str]) -> str:
+    """Which of the bare model's stacks sends its tokens through a module, by the module's path."""
+    return next(iter(names)) if len(names) == 1 or path.startswith("encoder.") else "decoder"
 
 
 def _reader(bare: nn.Module) -> nn.Module:

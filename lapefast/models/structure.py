@@ -7,13 +7,13 @@ FFN if its children say so: linear layers that widen and narrow back, and one ac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from lapefast.errors import InputError
-from lapefast.models.bare import bare_model, named_modules, stack_of
+from lapefast.models.bare import bare_model, named_modules, stack_of, stacks
 from lapefast.models.forwards import GatedForward, has_limited_swish, read_forward
 from lapefast.models.sites import Site
 
@@ -99,7 +99,10 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
         mixtures: take mixtures of experts, too; without it a model that has one is refused.
     """
     bare = bare_model(model)
-    found = [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, bare)]
+    stack_names = stacks(bare).keys()
+    found = [
+        ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, stack_names)
+    ]
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
@@ -125,9 +128,11 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
     return found
 
 
-def _ffn_at(path: str, module: nn.Module, bare: nn.Module) -> Iterator[FFN]:
+def _ffn_at(path: str, module: nn.Module, stack_names: Collection[str]) -> Iterator[FFN]:
     if _is_mixture(path, module):
-        yield _mixture(path, module, bare)
+        yield _mixture(path, module, stack_names)
+        return
+    if not module._modules:
         return
     parts = _parts_by_table(path, module) or _parts_by_shape(module)
     if parts is None:
@@ -137,22 +142,24 @@ def _ffn_at(path: str, module: nn.Module, bare: nn.Module) -> Iterator[FFN]:
     forward = read_forward(module)
     if forward and forward.activation_of(module) is not activation:
         forward = None
-    site = Site(path, width, type(activation).__name__, stack_of(path, bare))
+    site = Site(path, width, type(activation).__name__, stack_of(path, stack_names))
     yield FFN(site, module, activation, last, gated, forward)
 
 
 def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
     for row in TABLE:
-        projections = [_child(module, name) for name in (*row.first, row.last)]
-        if not all(map(_is_linear, projections)):
+        last = _child(module, row.last)
+        if last is None:
             continue
-        *first, last = projections
+        first = [_child(module, name) for name in row.first]
+        if not all(map(_is_linear, (*first, last))):
+            continue
         widened, width = _features(first[0])[1], _features(last)[0]
         if widened not in (width, 2 * width):
             continue
         for name in row.activations:
             activation = _child(module, name)
-            if isinstance(activation, nn.Module):
+            if activation is not None:
                 return activation, last, len(first) == 2 or widened != width
         forward = read_forward(module)
         if forward and forward.function is not None:
@@ -193,7 +200,7 @@ def _is_mixture(path: str, module: nn.Module) -> bool:
     )
 
 
-def _mixture(path: str, module: nn.Module, bare: nn.Module) -> FFN:
+def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
     """The experts that transformers keeps in one module and runs in its several ways.
 
     What `use_experts_implementation` makes of their class tells them, and what their weights mean.
@@ -206,7 +213,7 @@ def _mixture(path: str, module: nn.Module, bare: nn.Module) -> FFN:
             "experts transformers (5 or later) runs as eager, batched_mm or grouped_mm"
         )
     activation = _child(module, "act_fn")
-    if not isinstance(activation, nn.Module):
+    if activation is None:
         if not has_limited_swish(module):
             raise InputError(
                 f"{name} is a mixture of experts that calls its activation as a function, which "
@@ -218,15 +225,17 @@ def _mixture(path: str, module: nn.Module, bare: nn.Module) -> FFN:
         path,
         shape[1] if module.is_transposed else shape[2],
         type(activation).__name__,
-        stack_of(path, bare),
+        stack_of(path, stack_names),
         experts=shape[0],
     )
     return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)
 
 
-def _child(module: nn.Module, path: str):
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    # Every module of the model is asked for most of these paths, whenever something is placed; to
+    # ask for an attribute that is not there takes ten times as long.
     for name in path.split("."):
-        module = getattr(module, name, None)
+        module = module._modules.get(name)
         if module is None:
             return None
     return module

@@ -199,14 +199,10 @@ class Steering:
         if not edited:
             return
         layers = find_linears(model)
+        names = stacks(self._placement.bare).keys()
         made = {
             site: self._edits_of(
-                Site(
-                    site,
-                    out_features(layer),
-                    type(layer).__name__,
-                    stack_of(site, self._placement.bare),
-                ),
+                Site(site, out_features(layer), type(layer).__name__, stack_of(site, names)),
                 next(layer.parameters()).device,
             )
             for site, layer in layers.items()
