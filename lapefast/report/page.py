@@ -96,10 +96,9 @@ def _render(title: str, date: str | None, made: Sequence[Section]) -> str:
 
 
 def _drawn(figure: Figure) -> _Drawn:
-    drawing = figure.draw(False)
+    drawing = figure.in_browser
     svg = Markup(inline(drawing, figure.name, f"{figure.title}. {figure.caption}"))
     data = []
-    # Drawn, so laid out: the axes have their places.
     for axes, grid in zip(drawing.axes, figure.grids, strict=False):
         place = axes.get_position()
         box = [place.x0, 1 - place.y1, place.width, place.height]

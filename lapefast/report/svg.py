@@ -22,7 +22,7 @@ def inline(figure: Figure, name: str, described: str) -> str:
     """The figure as an `svg` element.
 
     Args:
-        figure: a drawing.
+        figure: a drawing, laid out.
         name: distinct within the page; ids begin with it.
         described: says what the figure shows to those who do not see it.
     """
@@ -31,7 +31,7 @@ def inline(figure: Figure, name: str, described: str) -> str:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser has fonts of its own.
         warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(file, format="svg", dpi=300, transparent=True, metadata=nothing)
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
     for parent in root.iter():
         for style in [one for one in parent if one.tag.endswith("}style")]:

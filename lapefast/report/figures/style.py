@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from lapefast.display import shortened
 from lapefast.files import write_atomically
 from lapefast.report.fonts import drawable
 
-__all__ = ["COLOURS", "COLUMN", "HATCHES", "STYLE", "inches", "lettering", "write"]
+__all__ = ["COLOURS", "COLUMN", "HATCHES", "STYLE", "inches", "lay_out", "lettering", "write"]
 
 COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
@@ -32,6 +33,7 @@ STYLE = {
     "svg.hashsalt": "lapefast",
     "text.parse_math": False,
 }
+_DPI = 300
 _LONGEST = 16  # characters shown of a label
 _CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
 
@@ -62,6 +64,17 @@ def inches(texts: Sequence[str]) -> float:
     return _CHARACTER * max(widths, default=0)
 
 
+def lay_out(figure: Figure) -> Figure:
+    """Give the drawing's parts their places, once for all forms in which it is written."""
+    figure.set_dpi(_DPI)
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # What no installed font has is escaped, or left to a browser, which has fonts of its own.
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # with any, saving draws twice
+    return figure
+
+
 def write(figure: Figure, path: Path) -> Path:
     """Write the figure as the path's suffix says; the same figure gives the same bytes."""
     kind = path.suffix[1:]
@@ -72,5 +85,5 @@ def write(figure: Figure, path: Path) -> Path:
         open(temporary, "wb") as file,
         matplotlib.rc_context(STYLE),
     ):
-        figure.savefig(file, format=kind, dpi=300, metadata=metadata)
+        figure.savefig(file, format=kind, dpi=_DPI, metadata=metadata)
     return path
