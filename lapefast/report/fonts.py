@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib import font_manager
 
-__all__ = ["drawable"]
+__all__ = ["all_drawable", "drawable"]
 
 _log = logging.getLogger(__name__)
 _DEFAULT = "DejaVu Sans"
@@ -23,19 +23,31 @@ def drawable(*names: Sequence[str], escape: bool = True) -> tuple[list[str], lis
     """
     every = {character for some in names for name in some for character in name}
     forbidden = {one for one in every if unicodedata.category(one) in ("Cc", "Cs", "Cn")}
-    families, drawn = [_DEFAULT], _characters(_DEFAULT)
-    missing = every - drawn - forbidden
+    families, missing = _families(every - forbidden)
+    if not escape:
+        missing = set()
+    if missing:
+        _log.warning("No installed font draws %s; escapes stand for it", "".join(sorted(missing)))
+    return families, [[_escaped(name, missing | forbidden) for name in some] for some in names]
+
+
+def all_drawable(texts: Iterable[str]) -> bool:
+    """Whether the installed fonts have every character."""
+    _, missing = _families({character for text in texts for character in text})
+    return not missing
+
+
+def _families(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Font families that draw the characters, and those characters that none draws."""
+    families = [_DEFAULT]
+    missing = characters - _characters(_DEFAULT)
     for family in _files() if missing else ():
         if missing & _characters(family):
             families.append(family)
             missing -= _characters(family)
         if not missing:
             break
-    if not escape:
-        missing = set()
-    if missing:
-        _log.warning("No installed font draws %s; escapes stand for it", "".join(sorted(missing)))
-    return families, [[_escaped(name, missing | forbidden) for name in some] for some in names]
+    return families, missing
 
 
 @functools.cache

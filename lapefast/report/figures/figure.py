@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 from lapefast.files import write_atomically
 from lapefast.report.figures.style import lay_out, write
+from lapefast.report.fonts import all_drawable
 
 __all__ = ["Figure", "Grid", "Table", "readable", "shown"]
 
@@ -67,20 +68,14 @@ class Figure:
     @functools.cached_property
     def in_browser(self) -> matplotlib.figure.Figure:
         """The drawing for a page, laid out: no character is escaped."""
-        return lay_out(self._unescaped[0])
+        return lay_out(self.draw(False))
 
     @functools.cached_property
     def on_paper(self) -> matplotlib.figure.Figure:
-        """The drawing for files of its own, laid out."""
-        drawing = self.draw(True)
-        # To lay out a drawing takes longer than all else, and hardly ever is anything escaped.
-        return self.in_browser if _words(drawing) == self._unescaped[1] else lay_out(drawing)
-
-    @functools.cached_property
-    def _unescaped(self) -> tuple[matplotlib.figure.Figure, list[str]]:
-        """The drawing, and its words before it is laid out."""
-        drawing = self.draw(False)
-        return drawing, _words(drawing)
+        """The drawing for files of its own, laid out; the page's own where nothing is escaped."""
+        texts = self.in_browser.findobj(Text)
+        lines = [line for text in texts for line in text.get_text().splitlines()]
+        return self.in_browser if all_drawable(lines) else lay_out(self.draw(True))
 
     def save(self, directory: Path) -> list[Path]:
         """Write it as PNG, SVG and CSV; the files written. InputError where that cannot be."""
@@ -92,10 +87,6 @@ class Figure:
             temporary.write_text(text.getvalue(), "utf-8", newline="\n")
         pictures = [write(self.on_paper, path.with_suffix(suffix)) for suffix in (".png", ".svg")]
         return [*pictures, path]
-
-
-def _words(drawing: matplotlib.figure.Figure) -> list[str]:
-    return [text.get_text() for text in drawing.findobj(Text)]
 
 
 def shown(value: Cell) -> str:

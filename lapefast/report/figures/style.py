@@ -70,7 +70,7 @@ def lay_out(figure: Figure) -> Figure:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # What no installed font has is escaped, or left to a browser, which has fonts of its own.
         warnings.filterwarnings("ignore", "Glyph")
-        figure.draw_without_rendering()
+        figure.get_layout_engine().execute(figure)
     figure.set_layout_engine(None)  # with any, saving draws twice
     return figure
 
