@@ -20,12 +20,12 @@ __all__ = ["demo"]
 
 _SEQ_LEN = 128
 _PROFILE_TOKENS = 2**14
-_VALID_TOKENS = 768
+_VALID_TOKENS = 6 * _SEQ_LEN
 _BATCH_SIZE = 8
 _PROMPTS = 2
 _NEW_TOKENS = 16
 # Of so small a model; the papers' numbers are of models a thousand times as large.
-_DOCUMENTS = 200
+_DOCUMENTS = 64
 _PLND = {"ffn": 256, "query_key": 24, "value": 24}
 _UNITS = 100
 _EXPERTS = 16
@@ -189,7 +189,7 @@ def _other_methods(made: Demo, texts: dict[str, Path], output: Path) -> tuple[di
         "frequency",
         _FEW,
         seq_len=_SEQ_LEN,
-        max_tokens=_VALID_TOKENS // 3,
+        max_tokens=2 * _SEQ_LEN,
     )
     sets = {
         "plnd": plnd,

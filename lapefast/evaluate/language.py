@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from lapefast.errors import InputError
@@ -38,10 +40,7 @@ class LanguageIdentifier:
     def __init__(
         self, labels: Sequence[str], codes: Mapping[str, str] | None = None, restrict: bool = True
     ) -> None:
-        from py3langid.langid import MODEL_FILE
-        from py3langid.langid import LanguageIdentifier as Identifier
-
-        self._identifier = Identifier.from_model_file(MODEL_FILE)
+        self._identifier = copy(_known_to_py3langid())
         known = set(self._identifier.labels)
         given = codes or {}
         self.codes = {label: given.get(label, _code(label)) for label in labels}
@@ -82,6 +81,14 @@ def languages_in_question(metadata: Mapping[str, Any], codes: Iterable[str]) -> 
     else:
         among = "all that py3langid knows"
     return f"Languages are told apart among {among}."
+
+
+@functools.cache
+def _known_to_py3langid():
+    """Its identifier of all languages, which takes the better part of a second to load."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def _code(label: str) -> str:

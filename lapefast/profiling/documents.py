@@ -115,7 +115,7 @@ class DocumentPass:
         """
         seen = self._seen[label] = {"documents": 0, "longer": 0, "empty": 0}
         used, corpus = 0, self._opened[label]
-        with tqdm(desc=label, unit="doc", disable=not self._progress) as bar:
+        with tqdm(desc=label, unit="doc", disable=not self._progress, delay=1) as bar:
             for group in _grouped(self._kept(corpus, seen), self.batch_size * _SORTED_BATCHES):
                 group.sort(key=lambda one: len(one[1]))
                 for start in range(0, len(group), self.batch_size):

@@ -78,7 +78,9 @@ def continuations(
     with (
         evaluating(model),
         torch.no_grad(),
-        tqdm(total=len(order), desc="generating", unit="text", disable=not progress) as bar,
+        tqdm(
+            total=len(order), desc="generating", unit="text", disable=not progress, delay=1
+        ) as bar,
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
