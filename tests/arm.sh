@@ -16,5 +16,7 @@ if ! command -v qemu-aarch64 >/dev/null; then
     exit 0
 fi
 # The libraries that the cross compiler came with.
-qemu-aarch64 -L /usr/aarch64-linux-gnu $build/csrc/tests/test_kernels
+for test in "$build"/csrc/tests/test_*; do
+    qemu-aarch64 -L /usr/aarch64-linux-gnu "$test"
+done
 echo "Arm: compiled, and the C++ tests passed under emulation"

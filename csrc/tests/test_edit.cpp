@@ -1,0 +1,132 @@
+// The edit op without Python: every instruction set, and the GPU's kernel on a CPU, against scalar
+// arithmetic, and with tables that hold anything. Built to run under the sanitizers too.
+#include <limits>
+
+#include "kernels.h"
+#include "lapefast/cuda.h"
+
+namespace {
+
+using namespace kernels;
+using Call = lapefast::EditCall;
+
+void edit_touches_only_what_its_tables_name(const Engine<Call>& engine) {
+  for (const std::int64_t width : {1, 33, 100, 264, 2100}) {
+    Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
+    const std::vector<std::int32_t> sets{0, -1, 1, 0, 1, -1};
+    const std::int32_t last = static_cast<std::int32_t>(width - 1);
+    const std::vector<std::int32_t> offsets{0, 1, 2}, neurons{0, last};
+    const std::vector<float> scale{0.0f, 2.0f}, shift{3.0f, -1.0f};
+    Call call{};
+    call.dtype = DType::bfloat16;
+    call.activation = Activation::identity;
+    call.rows = 6;
+    call.width = width;
+    call.gate = gate.view();
+    call.up = up.view();
+    call.product = product.view();
+    call.sets = {sets.data(), 6};
+    call.set_count = 2;
+    call.offsets = offsets.data();
+    call.capacity = 2;
+    call.neurons = neurons.data();
+    call.scale = scale.data();
+    call.shift = shift.data();
+    std::int64_t flags[2] = {0, 0};
+    call.flags = flags;
+    engine.run(call);
+    for (std::int64_t row = 0; row < 6; ++row)
+      for (std::int64_t column = 0; column < width; ++column) {
+        float active = widen(gate.at(row, column));
+        if (sets[row] == 0 && column == 0) active = 3.0f;
+        if (sets[row] == 1 && column == last) active = widen(narrow(2.0f * active - 1.0f));
+        const std::uint16_t made = narrow(active * widen(up.at(row, column)));
+        CHECK(product.at(row, column) == made, engine.name + " width " + std::to_string(width));
+      }
+    CHECK(flags[0] == 0 && flags[1] == 0, engine.name);
+  }
+}
+
+// In any set, also one that no row has.
+void bad_tables_are_refused_when_they_are_checked(const std::string& isa) {
+  using Table = std::vector<std::int32_t>;
+  const auto refused = [](const Table& offsets, const Table& neurons) {
+    Call call{};
+    call.width = 50;
+    call.set_count = static_cast<std::int64_t>(offsets.size()) - 1;
+    call.offsets = offsets.data();
+    call.capacity = static_cast<std::int64_t>(neurons.size());
+    call.neurons = neurons.data();
+    return refuses([&] { lapefast::check_tables(call); });
+  };
+  CHECK(!refused({0, 1, 3}, {49, 0, 1}) && !refused({0}, {}), isa);
+  for (const std::int32_t bad : {-1, 50, std::numeric_limits<std::int32_t>::max()})
+    CHECK(refused({0, 1, 3}, {49, 0, bad}), isa);
+  for (const std::int32_t bad : {-1, 4, std::numeric_limits<std::int32_t>::max()})
+    CHECK(refused({0, 1, bad}, {49, 0, 1}) && refused({0, bad, 3}, {49, 0, 1}), isa);
+  CHECK(refused({0, 1, 3}, {49, 1, 1}) && refused({0, 2, 1}, {49, 0, 1}), isa);
+}
+
+#ifdef LAPEFAST_CUDA_ON_CPU
+const Engine<Call> gpu{"cuda on a CPU",
+                       [](const auto& call) { lapefast::cuda::edit(call, {nullptr, 2}); }};
+
+// Tables may hold anything: the kernel must neither leave memory nor write where it should not.
+void tables_of_nonsense_are_survived_on_a_gpu() {
+  std::uint32_t state = 1;
+  const auto random = [&state] { return state = state * 1664525u + 1013904223u; };
+  for (int round = 0; round < 200; ++round) {
+    const std::int64_t width = round % 2 ? 50 : 256;
+    Matrix gate(5, width, width, 1), product(5, width, width, 3);
+    std::vector<std::int32_t> sets(5), offsets(4), neurons(7);
+    for (auto* table : {&sets, &offsets, &neurons})
+      for (std::int32_t& entry : *table) {
+        const std::uint32_t drawn = random();
+        entry = static_cast<std::int32_t>(drawn % 3 ? drawn % 9 : drawn);
+      }
+    const std::vector<float> scale(7, 0.0f), shift(7, 1.0f);
+    std::int64_t flags[2] = {0, 0};
+    Call call{};
+    call.dtype = DType::bfloat16;
+    call.activation = Activation::relu;
+    call.rows = 5;
+    call.width = width;
+    call.gate = gate.view();
+    call.product = product.view();
+    call.sets = {sets.data(), 5};
+    call.set_count = 3;
+    call.offsets = offsets.data();
+    call.capacity = 7;
+    call.neurons = neurons.data();
+    call.scale = scale.data();
+    call.shift = shift.data();
+    call.flags = flags;
+    gpu.run(call);
+    for (std::int64_t row = 0; row < 5; ++row)
+      for (std::int64_t column = 0; column < width; ++column) {
+        const float value = widen(gate.at(row, column));
+        const std::uint16_t made = product.at(row, column);
+        CHECK(made == narrow(value < 0 ? 0.0f : value) || made == narrow(1.0f), gpu.name);
+      }
+  }
+}
+#endif
+
+}  // namespace
+
+int main() {
+  with_each_isa([](const std::string& isa) {
+    edit_touches_only_what_its_tables_name(
+        {isa, [](const auto& call) { lapefast::edit(call, 1); }});
+    edit_touches_only_what_its_tables_name({isa + ", checked", [](const auto& call) {
+                                              lapefast::check_tables(call);
+                                              lapefast::edit_checked(call, 1);
+                                            }});
+    bad_tables_are_refused_when_they_are_checked(isa);
+  });
+#ifdef LAPEFAST_CUDA_ON_CPU
+  edit_touches_only_what_its_tables_name(gpu);
+  tables_of_nonsense_are_survived_on_a_gpu();
+#endif
+  return checks::failures ? 1 : 0;
+}
