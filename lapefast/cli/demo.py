@@ -30,7 +30,7 @@ _PLND = {"ffn": 256, "query_key": 24, "value": 24}
 _UNITS = 100
 _EXPERTS = 16
 _PRUNED = 0.2
-_SAMPLES = 24
+_SAMPLES = 16
 _EXAMPLES = 24
 # Of what takes many runs to measure: examples that are answered, and languages.
 _ANSWERED = 4
