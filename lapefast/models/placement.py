@@ -16,6 +16,7 @@ from torch import nn
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.columns import find_columns
+from lapefast.models.copies import separate
 from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.placed import (
     SiteState,
@@ -38,8 +39,7 @@ class Placement:
 
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
-        self.ffns = find_ffns(model, mixtures=True)
-        self._columns = find_columns(self.bare, self.ffns)
+        self.ffns, self._copies = separate(find_ffns(model, mixtures=True))
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
         self.probing = False
@@ -49,6 +49,7 @@ class Placement:
         """Whether a steering was ever placed."""
         self._placed: list[tuple[nn.Module, SiteState]] = []
         try:
+            self._columns = find_columns(self.bare, self.ffns)
             for ffn in self.ffns:
                 self._place(ffn)
             leave(self.bare, PLACEMENT, self)
@@ -212,12 +213,6 @@ class Placement:
                 "that is not its class's, so nothing can be placed there; undo that replacement "
                 "first"
             )
-        elif sum(other.activation is ffn.activation for other in self.ffns) > 1:
-            raise InputError(
-                f"{ffn.site.name} shares its activation module with another FFN and computes by a "
-                "forward that is not its class's, so its neurons can't be told apart; give it an "
-                "activation of its own"
-            )
         else:
             ffn = replace(ffn, forward=None)
             target, forward = ffn.activation, activation_forward
@@ -239,7 +234,7 @@ class Placement:
 
     def _restore(self) -> None:
         clear(self.bare, PLACEMENT)
-        covered = []
+        covered, left = [], set()
         for module, state in self._placed:
             if state.routing is not None:
                 state.routing.remove()
@@ -248,6 +243,10 @@ class Placement:
             elif SITE in module.__dict__:
                 state.left = True
                 covered.append(state.name)
+                left.add(module)
+        for one in self._copies:
+            if one.copied not in left:
+                one.put_back()
         if covered:
             raise InputError(
                 f"the forward of {covered[0]} was replaced after lapefast's was placed, so it is "

@@ -68,7 +68,8 @@ class FFN:
     Attributes:
         site: its name, width and activation.
         owner: the module that holds the parts.
-        activation: the activation module; the owner, where a mixture's gate is a method of its.
+        activation: the activation module, which others may share; the owner, where a mixture's gate
+            is a method of its.
         last: the last projection; a mixture's owner, which holds those of all experts.
         gated: whether the activation is multiplied by up before the last projection.
         forward: how to replace the owner's forward, or None where only its activation is handled.
@@ -115,16 +116,6 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
             "modules with linear layers and an activation module between them (docs/"
             "adding-a-model.md says how to add one)"
         )
-    owners: dict[nn.Module, FFN] = {}
-    for ffn in found:
-        other = owners.setdefault(ffn.activation, ffn)
-        # A replaced forward knows which FFN it is of; a shared activation module does not.
-        if other is not ffn and not (other.forward and ffn.forward):
-            raise InputError(
-                f"the FFNs {other.site.name} and {ffn.site.name} of {type(model).__name__} "
-                "share one activation module, so their neurons can't be told apart; give each its "
-                "own"
-            )
     return found
 
 

@@ -300,23 +300,56 @@ def test_replaced_ffns_may_share_one_activation_module(llama):
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_an_activation_that_is_shared_is_not_handled_where_it_stands(llama, position):
+@torch.no_grad()
+def test_ffns_that_share_an_activation_are_told_apart_where_one_keeps_its_forward(llama, position):
+    counts = plain_counts("llama", llama)
     ffns = [layer.mlp for layer in llama.model.layers]
     ffns[1].act_fn = ffns[0].act_fn
     owner = ffns[position]
     owner.forward = types.MethodType(lambda self, x: type(self).forward(self, x), owner)
     before = plain.attributes(llama)
-    with pytest.raises(InputError, match=f"layers.{position}.mlp shares its activation module"):
-        lf.record(llama, ["a"])
+    expected = llama(IDS)
+    with lf.record(llama, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(llama(IDS), expected)
+    assert_counts(recorded(recorder), counts)
     plain.assert_untouched(before, llama)
 
 
-def test_an_activation_that_plain_ffns_share_is_refused():
-    model = by_name("gpt2").build()
-    first, second = (layer.mlp for layer in model.transformer.h)
-    second.act = first.act
-    with pytest.raises(InputError, match="h.0.mlp and h.1.mlp of .* share one activation module"):
-        lf.record(model, ["a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_plain_ffns_may_share_one_activation_module_also_with_another_model(dtype):
+    """As GPT-1's do: transformers makes one module for all models of a process."""
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4
+    )
+    model, other = (transformers.OpenAIGPTLMHeadModel(config).to(dtype).eval() for _ in range(2))
+    ffns = {f"h.{i}.mlp": block.mlp for i, block in enumerate(model.transformer.h)}
+    shared_by_all = {
+        ffn.act for one in (model, other) for ffn in one.modules() if hasattr(ffn, "act")
+    }
+    assert len(shared_by_all) == 1
+    products = {}
+    for site, ffn in ffns.items():
+        ffn.c_proj.register_forward_pre_hook(
+            lambda module, given, site=site: products.update({site: given[0]})
+        )
+    expected, untouched = model(IDS), other(IDS)
+    counts = {site: plain.counts([one], torch.zeros_like(IDS), 1) for site, one in products.items()}
+    before = plain.attributes(model)
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(model(IDS), expected)
+        assert plain.same(other(IDS), untouched)
+    assert_counts(recorded(recorder), counts)
+    with lf.steer(model, edit_of(model)):  # of the first FFN alone
+        assert not plain.same(model(IDS), expected)
+        assert plain.same(other(IDS), untouched)
+    edited, *unedited = (products[site][..., [0, 3]] for site in ffns)
+    assert not edited.any()
+    assert all(one.any() for one in unedited)
+    assert {ffn.act for ffn in ffns.values()} == shared_by_all
+    plain.assert_untouched(before, model)
 
 
 def test_an_activation_that_is_a_function_is_refused():

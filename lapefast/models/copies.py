@@ -1,0 +1,60 @@
+"""FFNs that share one activation module, as GPT-1's do: a copy for each, to tell them apart by."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lapefast.models.structure import FFN
+
+__all__ = ["ActivationCopy", "separate"]
+
+
+@dataclass(frozen=True)
+class ActivationCopy:
+    """A copy that stands for an activation module in one FFN."""
+
+    holder: nn.Module
+    name: str
+    original: nn.Module
+    copied: nn.Module
+
+    def put_back(self) -> None:
+        """Give the FFN the module that it shares, unless somebody has replaced the copy."""
+        if self.holder._modules.get(self.name) is self.copied:
+            self.holder._modules[self.name] = self.original
+
+
+def separate(ffns: list[FFN]) -> tuple[list[FFN], list[ActivationCopy]]:
+    """The FFNs, each with an activation module that no other one calls, and the copies made.
+
+    A copy shares parameters and hooks with the module that it stands for.
+    """
+    users = Counter(ffn.activation for ffn in ffns)
+    separated, copies = [], []
+    for ffn in ffns:
+        # What a forward calls as a function is held by no FFN, and needs no copy.
+        held = _held(ffn) if users[ffn.activation] > 1 else None
+        if held is not None:
+            made = ActivationCopy(*held, ffn.activation, copy.copy(ffn.activation))
+            made.holder._modules[made.name] = made.copied
+            copies.append(made)
+            ffn = replace(ffn, activation=made.copied)
+        separated.append(ffn)
+    return separated, copies
+
+
+def _held(ffn: FFN) -> tuple[nn.Module, str] | None:
+    """The module that holds the FFN's activation, and by which name."""
+    return next(
+        (
+            (module, name)
+            for module in ffn.owner.modules()
+            for name, child in module._modules.items()
+            if child is ffn.activation
+        ),
+        None,
+    )
