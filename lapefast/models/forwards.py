@@ -71,10 +71,28 @@ def has_limited_swish(experts: nn.Module) -> bool:
     return expression is not None and ast.unparse(expression) == _LIMITED_SWISH
 
 
+def takes_all_tokens(experts: nn.Module) -> bool:
+    """Whether experts compute exactly as Llama 4's do: all tokens by each expert, in its block.
+
+    The input's rows are those of the first expert, of the second, and so on; a token that is not
+    routed to an expert has zeros there.
+    """
+    expression = _read_function(type(experts).forward)
+    return expression is not None and ast.unparse(expression) == _ALL_TOKENS
+
+
 _GATE = "x[..., ::2].clamp(min=None, max=self.limit)"
 _LIMITED_SWISH = (
     "(x[..., 1::2].clamp(min=-self.limit, max=self.limit) + 1) * "
     f"({_GATE} * global torch.sigmoid({_GATE} * self.alpha))"
+)
+_GATE_UP = (
+    "global torch.bmm(x.view(self.gate_up_proj.shape[0], -1, self.hidden_size), self.gate_up_proj)"
+    ".chunk(2, dim=-1)"
+)
+_ALL_TOKENS = (
+    f"global torch.bmm({_GATE_UP}[1] * self.act_fn({_GATE_UP}[0]), self.down_proj)"
+    ".view(-1, self.hidden_size)"
 )
 
 

@@ -77,7 +77,8 @@ class MixtureProof:
         seen: list[Tensor] = []
 
         def see(activation: Tensor) -> Tensor:
-            if len(seen) == len(rows) or activation.shape != (len(rows[len(seen)][0]), state.width):
+            flat = activation.reshape(-1, activation.shape[-1])
+            if len(seen) == len(rows) or flat.shape != (len(rows[len(seen)][0]), state.width):
                 raise InputError(
                     f"{state.name} applied its gate to rows {list(activation.shape)} that were not "
                     "routed so"
@@ -86,11 +87,13 @@ class MixtureProof:
             seen.append(activation)
             edited = _edited(state, activation)
             if self._counted is not None:
-                self._counted += _counted(_active(edited, statistics), statistics)
+                active = _active(edited.reshape(flat.shape), statistics)
+                self._counted += _counted(active, statistics)
             return edited
 
         self._expected = _watched(state, module, given, see)
-        if len(seen) == len(rows):
+        # Where no choice is given, the source of the forward says whose rows they are.
+        if len(seen) == len(rows) and len(given) > 1:
             _check_owners(state, module, given, rows, seen)
 
     def check(self, output: Tensor) -> None:

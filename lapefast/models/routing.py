@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapefast.errors import InputError
+from lapefast.models.forwards import takes_all_tokens
 from lapefast.models.proof import MixtureProof
 from lapefast.models.traces import ROUTING, clear, leave
 
@@ -48,6 +49,13 @@ def _sorted(chosen: Tensor, experts: int) -> list[Rows]:
     return [(ordered, order // chosen.shape[1])]
 
 
+def _in_blocks(hidden: Tensor, experts: int) -> list[Rows]:
+    """One call; each expert's rows of all tokens, where expert -1 marks what is not routed."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    tokens = len(hidden) // experts
+    return [(torch.where((hidden != 0).any(dim=-1), rows // tokens, -1), rows % tokens)]
+
+
 _ORDERS: dict[str, Callable[[Tensor, int], list[Rows]]] = {
     "eager": _by_expert,
     "batched_mm": _by_token,
@@ -66,6 +74,7 @@ class Routing:
 
     def __init__(self, experts: nn.Module, state: SiteState, count: int) -> None:
         self._module, self._state, self._count = experts, state, count
+        self._in_blocks = takes_all_tokens(experts)
         self._coming: list[Rows] = []
         self._proof: MixtureProof | None = None
         self._proven: set[str] = set()
@@ -81,9 +90,13 @@ class Routing:
     def implementation(self) -> str:
         """How transformers runs the experts now; `generate` may change it behind the prompt.
 
+        ``blocks`` where each takes all tokens, which is Llama 4's only way.
+
         Raises:
             InputError: in a way whose order of rows is not known.
         """
+        if self._in_blocks:
+            return "blocks"
         name = getattr(self._module.config, "_experts_implementation", None) or "eager"
         if name not in _ORDERS:
             raise InputError(
@@ -123,8 +136,12 @@ class Routing:
             return
         given = _in_order(module, args, kwargs)
         name = self.implementation
-        self._check_tokens(len(given[1]))
-        rows = _ORDERS[name](given[1], self._count)
+        if self._in_blocks:
+            self._check_tokens(len(given[0]) // self._count)
+            rows = _in_blocks(given[0], self._count)
+        else:
+            self._check_tokens(len(given[1]))
+            rows = _ORDERS[name](given[1], self._count)
         if state.probe is None:
             self.implementations.add(name)
         if name not in self._proven and not torch.compiler.is_compiling():
@@ -163,7 +180,10 @@ class Routing:
 
 
 def _in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Hidden states [tokens, hidden], chosen experts and their weights [tokens, chosen]."""
+    """Hidden states [tokens, hidden], chosen experts and their weights [tokens, chosen].
+
+    Only the former of experts that take all tokens.
+    """
     if not kwargs:
         return args
     return inspect.signature(module.forward).bind(*args, **kwargs).args

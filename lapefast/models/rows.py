@@ -43,13 +43,17 @@ class ExpertRowIndex(RowIndex):
         return ExpertRowIndex(RowIndex(tokens), self.experts)
 
     def route(self, experts: Tensor, tokens: Tensor) -> None:
-        """Take the rows that come next: each one's expert and token, integers [rows]."""
+        """Take the rows that come next: each one's expert and token, integers [rows].
+
+        The expert is -1 where a row belongs to nothing.
+        """
         index = self.tokens.tensor
         if index is None:
             self.tensor = experts.to(torch.int32)
             return
         own = index if index.numel() == 1 else index[tokens]
-        self.tensor = torch.where(own >= 0, own * self.experts + experts, -1).to(torch.int32)
+        known = (own >= 0) & (experts >= 0)
+        self.tensor = torch.where(known, own * self.experts + experts, -1).to(torch.int32)
 
 
 def rows_at(site: Site, tokens: RowIndex) -> RowIndex:

@@ -14,7 +14,12 @@ from torch import nn
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules, stack_of, stacks
-from lapefast.models.forwards import GatedForward, has_limited_swish, read_forward
+from lapefast.models.forwards import (
+    GatedForward,
+    has_limited_swish,
+    read_forward,
+    takes_all_tokens,
+)
 from lapefast.models.sites import Site
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
@@ -195,13 +200,16 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
     """The experts that transformers keeps in one module and runs in its several ways.
 
     What `use_experts_implementation` makes of their class tells them, and what their weights mean.
+    Llama 4's stand without it.
     """
     name = f"{path} ({type(module).__name__})"
+    known = hasattr(type(module), "_apply_gate") or takes_all_tokens(module)
     # Experts that are split over processes are numbered anew in each.
-    if not hasattr(type(module), "_apply_gate") or getattr(module, "_is_expert_parallel", False):
+    if not known or getattr(module, "_is_expert_parallel", False):
         raise InputError(
             f"{name} is a mixture of experts that lapefast can't handle: expected one module whose "
-            "experts transformers (5 or later) runs as eager, batched_mm or grouped_mm"
+            "experts transformers (5 or later) runs as eager, batched_mm or grouped_mm, or all at "
+            "once as those of Llama 4"
         )
     activation = _child(module, "act_fn")
     if activation is None:
@@ -214,7 +222,7 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
     shape = module.down_proj.shape
     site = Site(
         path,
-        shape[1] if module.is_transposed else shape[2],
+        shape[1] if getattr(module, "is_transposed", True) else shape[2],
         type(activation).__name__,
         stack_of(path, stack_names),
         experts=shape[0],
