@@ -151,7 +151,7 @@ def test_the_pass_finds_neurons_per_expert():
     profile = lf.profile(model, texts, seq_len=32, batch_size=4, progress=False)
     routed = profile.routed[SITE]
     assert routed.sum(1).tolist() == profile.tokens.tolist()
-    neurons = lf.detect.lape(profile, top_rate=0.2)
+    neurons = lf.detect.lape(profile, top_rate=0.2, filter_rate=0.5, activation_bar_ratio=0.5)
     assert sum(neurons[label].total for label in "ab") > 0
 
 
