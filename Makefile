@@ -16,8 +16,9 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 
 PYTEST := $(BIN)/python -m pytest --timeout=300
-# The trained model of the tests, on all cores before they share them; seconds where it is there.
-DEMO_MODEL := $(BIN)/python -c "from lapefast import demo; demo.load()"
+# The trained model of the tests, on all cores before they share them, so with threads that spin a
+# while, as in `lapefast demo`; seconds where it is there.
+DEMO_MODEL := env -u OMP_WAIT_POLICY GOMP_SPINCOUNT=5000 $(BIN)/python -c "from lapefast import demo; demo.load()"
 BENCH := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py"
 
 .PHONY: demo test test-covered test-all test-long fuzz test-cpp test-sanitizers test-cuda-on-cpu test-triton \
