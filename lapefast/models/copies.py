@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lapefast.errors import InputError
 from lapefast.models.structure import FFN
 
 __all__ = ["ActivationCopy", "separate"]
@@ -25,6 +26,7 @@ class ActivationCopy:
     def put_back(self) -> None:
         """Give the FFN the module that it shares, unless somebody has replaced the copy."""
         if self.holder._modules.get(self.name) is self.copied:
+            self.original.train(self.copied.training)
             self.holder._modules[self.name] = self.original
 
 
@@ -32,6 +34,9 @@ def separate(ffns: list[FFN]) -> tuple[list[FFN], list[ActivationCopy]]:
     """The FFNs, each with an activation module that no other one calls, and the copies made.
 
     A copy shares parameters and hooks with the module that it stands for.
+
+    Raises:
+        InputError: a module that is shared can't be copied.
     """
     users = Counter(ffn.activation for ffn in ffns)
     separated, copies = [], []
@@ -39,12 +44,32 @@ def separate(ffns: list[FFN]) -> tuple[list[FFN], list[ActivationCopy]]:
         # What a forward calls as a function is held by no FFN, and needs no copy.
         held = _held(ffn) if users[ffn.activation] > 1 else None
         if held is not None:
-            made = ActivationCopy(*held, ffn.activation, copy.copy(ffn.activation))
-            made.holder._modules[made.name] = made.copied
+            made = ActivationCopy(*held, ffn.activation, _copied(ffn))
             copies.append(made)
             ffn = replace(ffn, activation=made.copied)
         separated.append(ffn)
+    for made in copies:
+        made.holder._modules[made.name] = made.copied
     return separated, copies
+
+
+def _copied(ffn: FFN) -> nn.Module:
+    try:
+        copied = copy.copy(ffn.activation)
+    except Exception as error:
+        raise InputError(
+            f"{ffn.site.name} shares its activation module with another FFN, and a "
+            f"{type(ffn.activation).__name__} can't be copied ({error}); give each its own"
+        ) from error
+    hook = copied.__dict__.pop("_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        # accelerate's forward is bound to the module that it was made for.
+        for name in ("forward", "_old_forward"):
+            copied.__dict__.pop(name, None)
+        add_hook_to_module(copied, hook)
+    return copied
 
 
 def _held(ffn: FFN) -> tuple[nn.Module, str] | None:

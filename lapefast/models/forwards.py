@@ -15,7 +15,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 # The functions that a forward may call instead of a module, and the modules that call just them.
@@ -61,14 +62,67 @@ def read_forward(module: nn.Module) -> GatedForward | None:
     return form if all(module._modules.get(name) is not None for name in names) else None
 
 
-def has_limited_swish(experts: nn.Module) -> bool:
-    """Whether experts gate exactly as gpt-oss's do, whose activation is no module.
+@dataclass(frozen=True)
+class ClampedGate:
+    """How experts gate whose activation is no module: gate and up are clamped first.
 
-    gate and up interleaved and clamped, ``(up + 1) * (gate * sigmoid(alpha * gate))``, where the
-    right-hand factor is the activation.
+    With a = sigmoid(alpha * gate) * gate, the activation, they return ``(up + 1) * a``; without an
+    ``alpha``, a = silu(gate) and ``up * a``.
+
+    Attributes:
+        interleaved: whether gate and up take turns; else the gate is the first half.
+        limit: the attribute that holds the largest gate, and the largest magnitude of up.
+        alpha: the attribute that holds the sigmoid's factor, or None.
     """
-    expression = _read_function(type(experts)._apply_gate)
-    return expression is not None and ast.unparse(expression) == _LIMITED_SWISH
+
+    interleaved: bool
+    limit: str
+    alpha: str | None
+
+    def parts(self, experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation, and what it is multiplied by."""
+        if self.interleaved:
+            gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+        limit = getattr(experts, self.limit)
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        if self.alpha is None:
+            return functional.silu(gate), up
+        return gate * torch.sigmoid(gate * getattr(experts, self.alpha)), up + 1
+
+    def source(self) -> str:
+        """The expression of a method that computes this."""
+        gate, up = "x.chunk(2, dim=-1)[0]", "x.chunk(2, dim=-1)[1]"
+        if self.interleaved:
+            gate, up = "x[..., ::2]", "x[..., 1::2]"
+        gate = f"{gate}.clamp(min=None, max=self.{self.limit})"
+        up = f"{up}.clamp(min=-self.{self.limit}, max=self.{self.limit})"
+        if self.alpha is None:
+            return f"global F.silu({gate}) * {up}"
+        return f"({up} + 1) * ({gate} * global torch.sigmoid({gate} * self.{self.alpha}))"
+
+
+_CLAMPED = (
+    ClampedGate(True, "limit", "alpha"),  # gpt-oss
+    ClampedGate(False, "swiglu_limit", None),  # Hunyuan 4, GLM 5
+)
+
+
+def clamped_gate(experts: nn.Module) -> ClampedGate | None:
+    """How the experts gate, where their method is exactly a known one."""
+    return _read_gate(getattr(type(experts), "_apply_gate", None))
+
+
+@functools.cache
+def _read_gate(method: object) -> ClampedGate | None:
+    expression = _read_function(method)
+    if expression is None:
+        return None
+    names, source = method.__globals__, ast.unparse(expression)
+    if names.get("F", functional) is not functional or names.get("torch") is not torch:
+        return None
+    return next((gate for gate in _CLAMPED if source == gate.source()), None)
 
 
 def takes_all_tokens(experts: nn.Module) -> bool:
@@ -81,11 +135,6 @@ def takes_all_tokens(experts: nn.Module) -> bool:
     return expression is not None and ast.unparse(expression) == _ALL_TOKENS
 
 
-_GATE = "x[..., ::2].clamp(min=None, max=self.limit)"
-_LIMITED_SWISH = (
-    "(x[..., 1::2].clamp(min=-self.limit, max=self.limit) + 1) * "
-    f"({_GATE} * global torch.sigmoid({_GATE} * self.alpha))"
-)
 _GATE_UP = (
     "global torch.bmm(x.view(self.gate_up_proj.shape[0], -1, self.hidden_size), self.gate_up_proj)"
     ".chunk(2, dim=-1)"

@@ -20,6 +20,7 @@ from lapefast import ops
 from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.columns import Columns
+from lapefast.models.forwards import clamped_gate
 from lapefast.models.proof import prove
 from lapefast.models.routing import Routing
 from lapefast.models.rows import RowIndex
@@ -95,6 +96,7 @@ class SiteState:
         self.columns = columns  # this process's neurons, where they are split over several
         self.width = ffn.site.width if columns is None else columns.stop - columns.start
         self.form = ffn.forward
+        self.gate = clamped_gate(ffn.owner) if ffn.activation is ffn.owner else None
         self.replaced = replaced
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
@@ -341,20 +343,17 @@ def expert_activation_forward(self: nn.Module, *given: Any, **options: Any) -> T
         raise _named(state, error) from error
 
 
-def limited_swish_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
-    """The gate of experts whose activation is no module; see `forwards.has_limited_swish`."""
+def clamped_gate_method(self: nn.Module, gate_up: Tensor) -> Tensor:
+    """The gate of experts whose activation is no module; see `forwards.ClampedGate`."""
     state: SiteState = self.__dict__[SITE]
     if not state.active:
         return state.original(self)(gate_up)
-    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    gate = gate.clamp(min=None, max=self.limit)
-    up = up.clamp(min=-self.limit, max=self.limit)
-    activation = gate * torch.sigmoid(gate * self.alpha)
+    activation, factor = state.gate.parts(self, gate_up)
     if state.routing.see is not None:
-        return (up + 1) * state.routing.see(activation)
+        return factor * state.routing.see(activation)
     state.routing.advance()
     try:
-        return (up + 1) * state.activation_of(activation, "identity")
+        return factor * state.activation_of(activation, "identity")
     except InputError as error:
         raise _named(state, error) from error
 

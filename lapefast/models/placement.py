@@ -21,9 +21,9 @@ from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.placed import (
     SiteState,
     activation_forward,
+    clamped_gate_method,
     expert_activation_forward,
     gated_forward,
-    limited_swish_gate,
 )
 from lapefast.models.routing import Routing
 from lapefast.models.sites import Site
@@ -202,7 +202,7 @@ class Placement:
         foreign = _own_forward(ffn.activation)
         attribute = "forward"
         if ffn.site.experts and ffn.activation is ffn.owner:
-            target, forward, attribute = ffn.owner, limited_swish_gate, "_apply_gate"
+            target, forward, attribute = ffn.owner, clamped_gate_method, "_apply_gate"
         elif ffn.site.experts:
             target, forward = ffn.activation, expert_activation_forward
         elif ffn.forward and not _own_forward(ffn.owner):

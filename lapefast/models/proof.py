@@ -92,7 +92,8 @@ class MixtureProof:
             return edited
 
         self._expected = _watched(state, module, given, see)
-        # Where no choice is given, the source of the forward says whose rows they are.
+        # Where no choice is given, the source of the forward says which expert a row is of; the
+        # order of tokens is the caller's, as in any FFN.
         if len(seen) == len(rows) and len(given) > 1:
             _check_owners(state, module, given, rows, seen)
 

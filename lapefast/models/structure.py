@@ -16,13 +16,15 @@ from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules, stack_of, stacks
 from lapefast.models.forwards import (
     GatedForward,
-    has_limited_swish,
+    clamped_gate,
     read_forward,
     takes_all_tokens,
 )
 from lapefast.models.sites import Site
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
+
+_COPIES = re.compile(r"\.original_module$|\.modules_to_save\.\w+$")
 
 _Parts = tuple[nn.Module, nn.Module, bool]  # activation, last projection, whether gated
 
@@ -109,6 +111,9 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
     found = [
         ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, stack_names)
     ]
+    paths = {ffn.site.name for ffn in found}
+    # PEFT keeps copies of a module that it trains whole; their wrapper passes for the one in use.
+    found = [ffn for ffn in found if _COPIES.split(ffn.site.name)[0] not in paths - {ffn.site.name}]
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
@@ -155,7 +160,7 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
             continue
         for name in row.activations:
             activation = _child(module, name)
-            if activation is not None:
+            if isinstance(activation, nn.Module):
                 return activation, last, len(first) == 2 or widened != width
         forward = read_forward(module)
         if forward and forward.function is not None:
@@ -212,8 +217,8 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
             "once as those of Llama 4"
         )
     activation = _child(module, "act_fn")
-    if activation is None:
-        if not has_limited_swish(module):
+    if not isinstance(activation, nn.Module):
+        if clamped_gate(module) is None:
             raise InputError(
                 f"{name} is a mixture of experts that calls its activation as a function, which "
                 "can't be observed; make it a module named act_fn (docs/adding-a-model.md)"
@@ -230,13 +235,19 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
     return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)
 
 
-def _child(module: nn.Module, path: str) -> nn.Module | None:
+def _child(module: nn.Module, path: str):
     # Every module of the model is asked for most of these paths, whenever something is placed; to
-    # ask for an attribute that is not there takes ten times as long.
+    # ask for an attribute that is not there takes ten times as long. Wrappers pass for what they
+    # wrap (torch.compile's, FSDP's, PEFT's).
     for name in path.split("."):
-        module = module._modules.get(name)
-        if module is None:
+        found = module._modules.get(name)
+        if found is None and (
+            name in module.__dict__ or type(module).__getattr__ is not nn.Module.__getattr__
+        ):
+            found = getattr(module, name, None)
+        if found is None:
             return None
+        module = found
     return module
 
 

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from lapefast.corpus import Corpus, open_corpora
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, text_config
+from lapefast.models.forwards import takes_all_tokens
 from lapefast.models.inputs import forward_inputs, input_device, row_length, vocabulary_size
 from lapefast.models.parallel import leads, least
 from lapefast.models.placement import dtype_of
-from lapefast.models.structure import find_ffns
+from lapefast.models.structure import FFN, find_ffns
 
 __all__ = ["Batch", "CorpusPass", "fitting_batch_size"]
 
@@ -263,8 +264,7 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     chosen = getattr(text_config(model), "num_experts_per_tok", None) or 1
     # Gate, up, product, and about as much again for the attention and the residual stream.
     per_token = 6 * max(
-        ffn.site.width * (chosen if ffn.site.experts else 1) * dtype_of(ffn).itemsize
-        for ffn in ffns
+        ffn.site.width * _experts_per_token(ffn, chosen) * dtype_of(ffn).itemsize for ffn in ffns
     )
     if device.type == "cuda":
         free, wanted = torch.cuda.mem_get_info(device)[0], 16384
@@ -272,6 +272,13 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
         free, wanted = psutil.virtual_memory().available, 2048
     # Processes that share the model's layers run the same batches.
     return least(model, max(1, min(wanted, free // 4 // per_token) // length))
+
+
+def _experts_per_token(ffn: FFN, chosen: int) -> int:
+    """How many experts compute a token, whether it is routed to them or not; 1 in a dense FFN."""
+    if not ffn.site.experts:
+        return 1
+    return ffn.site.experts if takes_all_tokens(ffn.owner) else chosen
 
 
 def _regrouped(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lapefast.report.figures import STYLE
+from lapefast.report.figures.style import DPI
 
 __all__ = ["inline"]
 
@@ -31,7 +32,7 @@ def inline(figure: Figure, name: str, described: str) -> str:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser has fonts of its own.
         warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(file, format="svg", dpi=DPI, transparent=True, metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
     for parent in root.iter():
         for style in [one for one in parent if one.tag.endswith("}style")]:

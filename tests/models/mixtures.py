@@ -98,6 +98,18 @@ MIXTURES = (
         "GptOssForCausalLM",
         {"num_local_experts": 4, "intermediate_size": WIDTH, "head_dim": 8},
     ),
+    Mixture(
+        "HYV4ForCausalLM",
+        {
+            **LATENT,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "num_local_experts": 4,
+            "swiglu_limit": 0.5,
+            "indexer_types": ["full", "full"],
+        },
+        dense={"layers.0.mlp": 40, "layers.1.mlp.shared_experts": WIDTH},
+    ),
 )
 
 
@@ -177,12 +189,13 @@ def _watch(site: str, experts: nn.Module, calls: list[Call], change: Change | No
         hooks.append(
             experts.act_fn.register_forward_hook(lambda module, args, out: seen(args[0], out))
         )
-    else:  # gpt-oss
+    else:
 
         def gated(gate_up: Tensor) -> Tensor:
-            gate = gate_up[..., ::2].clamp(max=experts.limit)
-            up = gate_up[..., 1::2].clamp(min=-experts.limit, max=experts.limit)
-            return (up + 1) * seen(gate, gate * torch.sigmoid(gate * experts.alpha))
+            gate, up = _halves(experts, gate_up)
+            if hasattr(experts, "alpha"):  # gpt-oss
+                return (up + 1) * seen(gate, gate * torch.sigmoid(gate * experts.alpha))
+            return up * seen(gate, functional.silu(gate))
 
         experts._apply_gate = gated
 
@@ -196,9 +209,22 @@ def _watch(site: str, experts: nn.Module, calls: list[Call], change: Change | No
 
 def _gate(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
     weight = experts.gate_up_proj[expert]
+    if hasattr(experts, "alpha"):
+        gate_up = hidden @ weight + experts.gate_up_proj_bias[expert]
+    else:
+        gate_up = functional.linear(hidden, weight)
     if not hasattr(experts, "act_fn"):
-        return (hidden @ weight + experts.gate_up_proj_bias[expert])[::2].clamp(max=experts.limit)
-    return functional.linear(hidden, weight).chunk(2)[0]
+        return _halves(experts, gate_up)[0]
+    return gate_up.chunk(2)[0]
+
+
+def _halves(experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Clamped gate and up of experts whose activation is no module."""
+    if hasattr(experts, "alpha"):
+        gate, up, limit = gate_up[..., ::2], gate_up[..., 1::2], experts.limit
+    else:
+        (gate, up), limit = gate_up.chunk(2, dim=-1), experts.swiglu_limit
+    return gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
 
 
 def _owner(gate: Tensor, rows: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:

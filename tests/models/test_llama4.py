@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import lapefast as lf
 from lapefast import models
 from lapefast.errors import InputError
+from lapefast.profiling import batches
 
 WIDTH, EXPERTS = 24, 4
 SITE = "layers.0.feed_forward.experts"
@@ -29,7 +31,7 @@ def chosen(request) -> int:
     return request.param
 
 
-def build(chosen: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(chosen: int = 1, dtype: torch.dtype = torch.float32, experts: int = EXPERTS) -> nn.Module:
     config = transformers.Llama4TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -39,7 +41,7 @@ def build(chosen: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        num_local_experts=EXPERTS,
+        num_local_experts=experts,
         num_experts_per_tok=chosen,
         interleave_moe_layer_step=1,
         max_position_embeddings=64,
@@ -153,6 +155,15 @@ def test_the_pass_finds_neurons_per_expert():
     assert routed.sum(1).tolist() == profile.tokens.tolist()
     neurons = lf.detect.lape(profile, top_rate=0.2, filter_rate=0.5, activation_bar_ratio=0.5)
     assert sum(neurons[label].total for label in "ab") > 0
+
+
+def test_the_batch_is_chosen_for_all_experts_since_all_compute(monkeypatch):
+    memory = types.SimpleNamespace(available=2**23)
+    monkeypatch.setattr(batches.psutil, "virtual_memory", lambda: memory)
+    few, many = (batches.fitting_batch_size(build(experts=count), 8) for count in (8, 64))
+    # A quarter of the memory, for six values of every neuron of all experts.
+    assert few == 2**21 // (6 * 8 * WIDTH * 4) // 8
+    assert many == 2**21 // (6 * 64 * WIDTH * 4) // 8
 
 
 def test_another_forward_of_the_same_names_is_refused():

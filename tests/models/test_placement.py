@@ -352,6 +352,43 @@ def test_plain_ffns_may_share_one_activation_module_also_with_another_model(dtyp
     plain.assert_untouched(before, model)
 
 
+def test_a_shared_activation_that_cannot_be_copied_is_refused_and_nothing_is_changed():
+    model = by_name("gpt2").build()
+
+    class Uncopied(nn.ReLU):
+        def __copy__(self):
+            raise RuntimeError("no copies")
+
+    for block in model.transformer.h:
+        block.mlp.act = model.transformer.h[0].mlp.act
+    model.transformer.h[1].mlp.act = model.transformer.h[0].mlp.act = Uncopied()
+    before = plain.attributes(model)
+    with pytest.raises(InputError, match=r"h.0.mlp shares .* Uncopied can't be copied \(no copies"):
+        lf.record(model, ["a"])
+    plain.assert_untouched(before, model)
+
+
+@torch.no_grad()
+def test_a_shared_activation_under_hooks_of_accelerate_is_placed_and_keeps_its_mode():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = by_name("gpt2").build()
+    blocks = model.transformer.h
+    blocks[1].mlp.act = blocks[0].mlp.act
+    for module in list(model.modules()):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    expected, before = model(IDS), plain.attributes(model)
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(model(IDS), expected)
+    assert all(counts.any() for counts in recorded(recorder).values())
+    plain.assert_untouched(before, model)
+    recorder = lf.record(model, ["a"])
+    model.train()
+    recorder.remove()
+    assert all(module.training for module in model.modules())
+
+
 def test_an_activation_that_is_a_function_is_refused():
     model = by_name("gpt2").build()
     ffn = model.transformer.h[1].mlp

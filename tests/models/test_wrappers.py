@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import plain
 import pytest
 import torch
@@ -244,6 +245,46 @@ def test_a_model_with_compiled_parts_has_the_plain_models_sites_and_counts(name,
     with lf.record(model, ["a"]) as recorder:
         recorder.set(label="a")
         model(IDS, use_cache=False)
+    assert_counts(recorder.profile(), counts)
+
+
+@torch.no_grad()
+def test_wrapped_parts_of_a_layer_pass_for_what_they_wrap():
+    family = by_name("bert")
+    model = family.build()
+    counts, sites = plain_counts("bert", model), models.find_sites(model)
+    layer = family.bare_of(model).encoder.layer[0]
+    for name in ("intermediate", "output"):
+        setattr(layer, name, torch.compile(getattr(layer, name), backend="eager"))
+    assert models.find_sites(model) == sites
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        family.call(model)
+    assert_counts(recorder.profile(), counts)
+
+
+@torch.no_grad()
+def test_an_ffn_that_an_adapter_trains_whole_is_one_site_of_the_plain_models_name():
+    model = by_name("llama").build()
+    sites, ids = models.find_sites(model), IDS
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+    adapted = peft.get_peft_model(model, config).eval()
+    for layer in adapted.get_base_model().model.layers:
+        layer.mlp.original_module.gate_proj.weight.zero_()  # does not run
+    assert models.find_sites(adapted) == sites
+    inner = [
+        layer.mlp.modules_to_save["default"] for layer in adapted.get_base_model().model.layers
+    ]
+    with plain.hooked(
+        {site.name: ffn.act_fn for site, ffn in zip(sites, inner, strict=True)}
+    ) as seen:
+        expected = adapted(input_ids=ids)
+    with lf.record(adapted, ["a"]) as recorder:
+        recorder.set(label="a")
+        assert plain.same(adapted(input_ids=ids), expected)
+    groups = torch.zeros_like(ids)
+    counts = {site: plain.counts(calls, groups, 1) for site, calls in seen.items()}
+    assert all(counted.any() for counted in counts.values())
     assert_counts(recorder.profile(), counts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import matplotlib.image
 import pytest
 import torch
@@ -11,7 +12,9 @@ from lapefast.evaluate import PerplexityMatrix
 from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
 from lapefast.report import draw_matrix, draw_neurons
+from lapefast.report.figures.matrix import changes
 from lapefast.report.fonts import drawable
+from lapefast.report.svg import inline
 
 
 def matrix(labels: list[str]) -> PerplexityMatrix:
@@ -48,6 +51,18 @@ def test_neurons_are_drawn_for_any_number_of_layers(tmp_path, layers):
 def test_the_same_figure_is_the_same_file(tmp_path):
     first = draw_matrix(matrix(["en", "zh"]), tmp_path / "first")
     again = draw_matrix(matrix(["en", "zh"]), tmp_path / "again")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"figure.autolayout": True}, {"savefig.dpi": 50}, {"figure.dpi": 50}], ids=str
+)
+def test_a_users_settings_of_matplotlib_change_nothing(tmp_path, settings):
+    first = draw_matrix(matrix(["en", "zh"]), tmp_path / "first")
+    page = inline(changes(matrix(["en", "zh"])).in_browser, "a", "b")
+    with matplotlib.rc_context(settings):
+        again = draw_matrix(matrix(["en", "zh"]), tmp_path / "again")
+        assert inline(changes(matrix(["en", "zh"])).in_browser, "a", "b") == page
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
 
 

@@ -54,5 +54,4 @@ def draw_stability(found: Stability, path: str | os.PathLike[str]) -> list[Path]
 
 
 def _write(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    drawing = figure.draw(True)
-    return [write(drawing, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
+    return [write(figure.on_paper, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]

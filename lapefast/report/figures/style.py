@@ -15,7 +15,17 @@ from lapefast.display import shortened
 from lapefast.files import write_atomically
 from lapefast.report.fonts import drawable
 
-__all__ = ["COLOURS", "COLUMN", "HATCHES", "STYLE", "inches", "lay_out", "lettering", "write"]
+__all__ = [
+    "COLOURS",
+    "COLUMN",
+    "DPI",
+    "HATCHES",
+    "STYLE",
+    "inches",
+    "lay_out",
+    "lettering",
+    "write",
+]
 
 COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
@@ -28,12 +38,15 @@ STYLE = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "axes.linewidth": 0.6,
+    # Figures say their layout themselves.
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
     "hatch.linewidth": 0.4,
     "svg.fonttype": "none",
     "svg.hashsalt": "lapefast",
     "text.parse_math": False,
 }
-_DPI = 300
+DPI = 300
 _LONGEST = 16  # characters shown of a label
 _CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
 
@@ -66,12 +79,12 @@ def inches(texts: Sequence[str]) -> float:
 
 def lay_out(figure: Figure) -> Figure:
     """Give the drawing's parts their places, once for all forms in which it is written."""
-    figure.set_dpi(_DPI)
+    figure.set_dpi(DPI)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # What no installed font has is escaped, or left to a browser, which has fonts of its own.
         warnings.filterwarnings("ignore", "Glyph")
         figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine(None)  # with any, saving draws twice
+        figure.set_layout_engine(None)  # with any, saving draws twice
     return figure
 
 
@@ -85,5 +98,5 @@ def write(figure: Figure, path: Path) -> Path:
         open(temporary, "wb") as file,
         matplotlib.rc_context(STYLE),
     ):
-        figure.savefig(file, format=kind, dpi=_DPI, metadata=metadata)
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return path
