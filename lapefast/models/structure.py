@@ -113,7 +113,11 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
     ]
     paths = {ffn.site.name for ffn in found}
     # PEFT keeps copies of a module that it trains whole; their wrapper passes for the one in use.
-    found = [ffn for ffn in found if _COPIES.split(ffn.site.name)[0] not in paths - {ffn.site.name}]
+    found = [
+        ffn
+        for ffn in found
+        if (name := _COPIES.sub("", ffn.site.name)) == ffn.site.name or name not in paths
+    ]
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
