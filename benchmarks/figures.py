@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from reporting import quartiles
 
-from lapefast.report.figures import COLUMN, STYLE, write
+from lapefast.report.figures import COLUMN, STYLE, Drawing
 
 _COLUMNS = 3
 _TICKS = 4
@@ -57,7 +57,8 @@ def draw(results: Path) -> list[Path]:
             f"commit {(about['commit'] or 'unknown')[:10]}{changed}",
             fontsize=7,
         )
-        return [write(figure, folder / f"{results.stem}-scaling{end}") for end in (".png", ".svg")]
+        drawing = Drawing(figure)
+    return [drawing.write(folder / f"{results.stem}-scaling{end}") for end in (".png", ".svg")]
 
 
 def _draw_curve(axes: Axes, curve: str, series: Series) -> None:

@@ -99,7 +99,7 @@ def _drawn(figure: Figure) -> _Drawn:
     drawing = figure.in_browser
     svg = Markup(inline(drawing, figure.name, f"{figure.title}. {figure.caption}"))
     data = []
-    for axes, grid in zip(drawing.axes, figure.grids, strict=False):
+    for axes, grid in zip(drawing.figure.axes, figure.grids, strict=False):
         place = axes.get_position()
         box = [place.x0, 1 - place.y1, place.width, place.height]
         data.append(
@@ -110,7 +110,7 @@ def _drawn(figure: Figure) -> _Drawn:
                 "values": list(grid.values),
             }
         )
-    return _Drawn(figure, svg, drawing.get_figwidth() * _POINTS, data)
+    return _Drawn(figure, svg, drawing.figure.get_figwidth() * _POINTS, data)
 
 
 def _arguments(command: str) -> list[str]:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
 from xml.etree import ElementTree
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from lapefast.report.figures import STYLE
-from lapefast.report.figures.style import DPI
+from lapefast.report.figures import Drawing
 
 __all__ = ["inline"]
 
@@ -19,21 +13,15 @@ _TEXT_COLOUR = "#000000"  # matplotlib's, of text and axes
 _REFERENCE = re.compile(r"url\(#")
 
 
-def inline(figure: Figure, name: str, described: str) -> str:
-    """The figure as an `svg` element.
+def inline(drawing: Drawing, name: str, described: str) -> str:
+    """The drawing as an `svg` element.
 
     Args:
-        figure: a drawing, laid out.
+        drawing: of a figure.
         name: distinct within the page; ids begin with it.
         described: says what the figure shows to those who do not see it.
     """
-    file = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The browser has fonts of its own.
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(file, format="svg", dpi=DPI, transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(file.getvalue())
+    root = ElementTree.fromstring(drawing.svg)
     for parent in root.iter():
         for style in [one for one in parent if one.tag.endswith("}style")]:
             parent.remove(style)  # it would hold in the whole page

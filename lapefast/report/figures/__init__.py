@@ -8,22 +8,23 @@ from pathlib import Path
 from lapefast.evaluate.matrix import PerplexityMatrix
 from lapefast.evaluate.stability import Stability
 from lapefast.neurons import NeuronSets
+from lapefast.report.figures.drawing import Drawing
 from lapefast.report.figures.figure import Figure, Grid, Table
 from lapefast.report.figures.matrix import changes
 from lapefast.report.figures.neurons import counts
 from lapefast.report.figures.stability import overlaps
-from lapefast.report.figures.style import COLUMN, STYLE, write
+from lapefast.report.figures.style import COLUMN, STYLE
 
 __all__ = [
     "COLUMN",
     "STYLE",
+    "Drawing",
     "Figure",
     "Grid",
     "Table",
     "draw_matrix",
     "draw_neurons",
     "draw_stability",
-    "write",
 ]
 
 
@@ -54,4 +55,4 @@ def draw_stability(found: Stability, path: str | os.PathLike[str]) -> list[Path]
 
 
 def _write(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    return [write(figure.on_paper, Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]
+    return [figure.on_paper.write(Path(path).with_suffix(suffix)) for suffix in (".png", ".svg")]

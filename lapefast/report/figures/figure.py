@@ -14,7 +14,7 @@ import matplotlib.figure
 from matplotlib.text import Text
 
 from lapefast.files import write_atomically
-from lapefast.report.figures.style import lay_out, write
+from lapefast.report.figures.drawing import Drawing
 from lapefast.report.fonts import all_drawable
 
 __all__ = ["Figure", "Grid", "Table", "readable", "shown"]
@@ -66,16 +66,16 @@ class Figure:
     grids: Sequence[Grid]
 
     @functools.cached_property
-    def in_browser(self) -> matplotlib.figure.Figure:
-        """The drawing for a page, laid out: no character is escaped."""
-        return lay_out(self.draw(False))
+    def in_browser(self) -> Drawing:
+        """The drawing for a page: no character is escaped."""
+        return Drawing(self.draw(False))
 
     @functools.cached_property
-    def on_paper(self) -> matplotlib.figure.Figure:
-        """The drawing for files of its own, laid out; the page's own where nothing is escaped."""
-        texts = self.in_browser.findobj(Text)
+    def on_paper(self) -> Drawing:
+        """The drawing for files of its own; the page's own where nothing is escaped."""
+        texts = self.in_browser.figure.findobj(Text)
         lines = [line for text in texts for line in text.get_text().splitlines()]
-        return self.in_browser if all_drawable(lines) else lay_out(self.draw(True))
+        return self.in_browser if all_drawable(lines) else Drawing(self.draw(True))
 
     def save(self, directory: Path) -> list[Path]:
         """Write it as PNG, SVG and CSV; the files written. InputError where that cannot be."""
@@ -85,7 +85,7 @@ class Figure:
         writer.writerows([self.table.header, *self.table.rows])
         with write_atomically(path) as temporary:
             temporary.write_text(text.getvalue(), "utf-8", newline="\n")
-        pictures = [write(self.on_paper, path.with_suffix(suffix)) for suffix in (".png", ".svg")]
+        pictures = [self.on_paper.write(path.with_suffix(suffix)) for suffix in (".png", ".svg")]
         return [*pictures, path]
 
 

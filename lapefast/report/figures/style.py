@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from unicodedata import east_asian_width
 
 import matplotlib
-from matplotlib.figure import Figure
 
 from lapefast.display import shortened
-from lapefast.files import write_atomically
 from lapefast.report.fonts import drawable
 
 __all__ = [
     "COLOURS",
     "COLUMN",
-    "DPI",
     "HATCHES",
     "STYLE",
     "inches",
-    "lay_out",
     "lettering",
-    "write",
 ]
 
 COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
@@ -46,7 +39,6 @@ STYLE = {
     "svg.hashsalt": "lapefast",
     "text.parse_math": False,
 }
-DPI = 300
 _LONGEST = 16  # characters shown of a label
 _CHARACTER = 0.065  # inches, of the labels' 7 points; the numbers' 6 points take less
 
@@ -75,28 +67,3 @@ def inches(texts: Sequence[str]) -> float:
     """How wide the longest is; a Chinese character is as wide as two others."""
     widths = [sum(1 + (east_asian_width(one) in "WF") for one in text) for text in texts]
     return _CHARACTER * max(widths, default=0)
-
-
-def lay_out(figure: Figure) -> Figure:
-    """Give the drawing's parts their places, once for all forms in which it is written."""
-    figure.set_dpi(DPI)
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # What no installed font has is escaped, or left to a browser, which has fonts of its own.
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine(None)  # with any, saving draws twice
-    return figure
-
-
-def write(figure: Figure, path: Path) -> Path:
-    """Write the figure as the path's suffix says; the same figure gives the same bytes."""
-    kind = path.suffix[1:]
-    # Without a date the same figure gives the same file.
-    metadata = {"Date": None} if kind == "svg" else None
-    with (
-        write_atomically(path) as temporary,
-        open(temporary, "wb") as file,
-        matplotlib.rc_context(STYLE),
-    ):
-        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-    return path
