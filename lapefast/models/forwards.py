@@ -64,10 +64,10 @@ def read_forward(module: nn.Module) -> GatedForward | None:
 
 @dataclass(frozen=True)
 class ClampedGate:
-    """How experts gate whose activation is no module: gate and up are clamped first.
+    """How experts, or a dense FFN, gate whose activation is no module: gate and up are clamped.
 
-    With a = sigmoid(alpha * gate) * gate, the activation, they return ``(up + 1) * a``; without an
-    ``alpha``, a = silu(gate) and ``up * a``.
+    With a = sigmoid(alpha * gate) * gate, the activation, they go on with ``(up + 1) * a``; without
+    an ``alpha``, a = silu(gate) and ``up * a``.
 
     Attributes:
         interleaved: whether gate and up take turns; else the gate is the first half.
@@ -79,24 +79,24 @@ class ClampedGate:
     limit: str
     alpha: str | None
 
-    def parts(self, experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, owner: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """The activation, and what it is multiplied by."""
         if self.interleaved:
             gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         else:
             gate, up = gate_up.chunk(2, dim=-1)
-        limit = getattr(experts, self.limit)
+        limit = getattr(owner, self.limit)
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
         if self.alpha is None:
             return functional.silu(gate), up
-        return gate * torch.sigmoid(gate * getattr(experts, self.alpha)), up + 1
+        return gate * torch.sigmoid(gate * getattr(owner, self.alpha)), up + 1
 
-    def source(self) -> str:
-        """The expression of a method that computes this."""
-        gate, up = "x.chunk(2, dim=-1)[0]", "x.chunk(2, dim=-1)[1]"
+    def source(self, x: str = "x") -> str:
+        """The expression of a method that computes this of ``x``."""
+        gate, up = f"{x}.chunk(2, dim=-1)[0]", f"{x}.chunk(2, dim=-1)[1]"
         if self.interleaved:
-            gate, up = "x[..., ::2]", "x[..., 1::2]"
-        gate = f"{gate}.clamp(min=None, max=self.{self.limit})"
+            gate, up = f"{x}[..., ::2]", f"{x}[..., 1::2]"
+        gate = f"{gate}.clamp(max=self.{self.limit})"
         up = f"{up}.clamp(min=-self.{self.limit}, max=self.{self.limit})"
         if self.alpha is None:
             return f"global F.silu({gate}) * {up}"
@@ -106,23 +106,36 @@ class ClampedGate:
 _CLAMPED = (
     ClampedGate(True, "limit", "alpha"),  # gpt-oss
     ClampedGate(False, "swiglu_limit", None),  # Hunyuan 4, GLM 5
+    ClampedGate(False, "swiglu_limit", "swiglu_alpha"),  # MiniMax M3
 )
+_GATED = "self.gate_up_proj(x)"
 
 
-def clamped_gate(experts: nn.Module) -> ClampedGate | None:
-    """How the experts gate, where their method is exactly a known one."""
-    return _read_gate(getattr(type(experts), "_apply_gate", None))
+def clamped_gate(owner: nn.Module) -> ClampedGate | None:
+    """How experts gate, or a dense FFN with ``gate_up_proj`` and ``down_proj``.
+
+    Where the experts' ``_apply_gate``, or the FFN's forward, is exactly a known one.
+    """
+    cls = type(owner)
+    if hasattr(cls, "_apply_gate"):
+        return _read_gate(cls._apply_gate, dense=False)
+    return _read_gate(cls.forward, dense=True) if cls.__call__ is nn.Module.__call__ else None
 
 
 @functools.cache
-def _read_gate(method: object) -> ClampedGate | None:
-    expression = _read_function(method)
+def _read_gate(function: object, dense: bool) -> ClampedGate | None:
+    expression = _read_function(function)
     if expression is None:
         return None
-    names, source = method.__globals__, ast.unparse(expression)
+    names = function.__globals__
     if names.get("F", functional) is not functional or names.get("torch") is not torch:
         return None
-    return next((gate for gate in _CLAMPED if source == gate.source()), None)
+    # Two ways to write the same.
+    source = ast.unparse(expression).replace("min=None, ", "").replace(" + 1.0)", " + 1)")
+    for gate in _CLAMPED:
+        if source == (f"self.down_proj({gate.source(_GATED)})" if dense else gate.source()):
+            return gate
+    return None
 
 
 def takes_all_tokens(experts: nn.Module) -> bool:

@@ -293,9 +293,12 @@ def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     state: SiteState = self.__dict__[SITE]
     if state.statistics is None and state.edits is None:
         return state.original(self)(x)
+    if state.gate is not None:
+        run = _clamped
+    else:
+        run = _edited if state.statistics is None else _gated
     if torch.compiler.is_compiling():
-        return _gated(self, state, x)
-    run = _edited if state.statistics is None else _gated
+        return (_gated if run is _edited else run)(self, state, x)
     if state.probe is not None:
         state.fired += 1
     if not state.proven:
@@ -395,6 +398,15 @@ def _edited(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
     if edited:
         return _projected(modules[down], activated * up)
     return _projected(modules[down], state.product_of(activated, "identity", False, up))
+
+
+def _clamped(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:
+    """The forward of a dense FFN whose activation is no module; see `forwards.ClampedGate`."""
+    activation, factor = state.gate.parts(self, self.gate_up_proj(x))
+    activation = state.activation_of(activation, "identity")
+    if state.statistics is not None and state.statistics.last:
+        return torch.zeros_like(x)
+    return self.down_proj(factor * activation)
 
 
 def _gated(self: nn.Module, state: SiteState, x: Tensor) -> Tensor:

@@ -205,9 +205,9 @@ class Placement:
             target, forward, attribute = ffn.owner, clamped_gate_method, "_apply_gate"
         elif ffn.site.experts:
             target, forward = ffn.activation, expert_activation_forward
-        elif ffn.forward and not _own_forward(ffn.owner):
+        elif (ffn.forward or ffn.activation is ffn.owner) and not _own_forward(ffn.owner):
             target, forward = ffn.owner, gated_forward
-        elif ffn.forward and ffn.forward.function is not None:
+        elif ffn.activation is ffn.owner or (ffn.forward and ffn.forward.function is not None):
             raise InputError(
                 f"{ffn.site.name} calls its activation as a function and computes by a forward "
                 "that is not its class's, so nothing can be placed there; undo that replacement "

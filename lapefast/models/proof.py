@@ -203,10 +203,10 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
         seen.append(output)
         return output
 
+    if state.gate is not None or (state.form is not None and state.form.function is not None):
+        return _composed(state, module, *given)
     if state.form is None:
         return edited(module, given, state.original(module)(*given, **options)), seen[0]
-    if state.form.function is not None:
-        return _composed(state, module, *given)
     hook = getattr(module, state.form.activation).register_forward_hook(edited)
     try:
         return state.original(module)(*given, **options), seen[0]
@@ -221,13 +221,17 @@ def _composed(state: SiteState, module: nn.Module, x: Tensor) -> tuple[Tensor, T
         InputError: where the steps give something else than the original does.
     """
     form, modules = state.form, module._modules
-    gate = modules[form.gate](x)
-    gate, up = gate.chunk(2, dim=-1) if form.up is None else (gate, modules[form.up](x))
-    activation = form.function(gate)
-    if not _agree(state.original(module)(x), modules[form.down](activation * up), exact=True):
+    if state.gate is not None:
+        activation, factor = state.gate.parts(module, module.gate_up_proj(x))
+        down = module.down_proj
+    else:
+        gate = modules[form.gate](x)
+        gate, factor = gate.chunk(2, dim=-1) if form.up is None else (gate, modules[form.up](x))
+        activation, down = form.function(gate), modules[form.down]
+    if not _agree(state.original(module)(x), down(activation * factor), exact=True):
         raise _differs(state, type(module).__name__)
     edited = _edited(state, activation)
-    return modules[form.down](edited * up), edited
+    return down(edited * factor), edited
 
 
 def _edited(state: SiteState, activation: Tensor) -> Tensor:

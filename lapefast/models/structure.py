@@ -75,8 +75,8 @@ class FFN:
     Attributes:
         site: its name, width and activation.
         owner: the module that holds the parts.
-        activation: the activation module, which others may share; the owner, where a mixture's gate
-            is a method of its.
+        activation: the activation module, which others may share; the owner, where it gates as in
+            `lapefast.models.forwards.ClampedGate`.
         last: the last projection; a mixture's owner, which holds those of all experts.
         gated: whether the activation is multiplied by up before the last projection.
         forward: how to replace the owner's forward, or None where only its activation is handled.
@@ -169,6 +169,8 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
         forward = read_forward(module)
         if forward and forward.function is not None:
             return forward.function, last, True
+        if clamped_gate(module) is not None:
+            return module, last, True
         raise InputError(
             f"the FFN {path or type(module).__name__} ({type(module).__name__}) calls its "
             "activation as a function, which can't be observed; make it a module of the FFN named "
@@ -192,6 +194,8 @@ def _parts_by_shape(module: nn.Module) -> _Parts | None:
     *first, last = linears
     width, hidden = _features(last)
     widened = [_features(one) for one in first]
+    if len(first) == 1 and width < hidden:
+        return None  # a bottleneck: an adapter, not the layer's FFN
     if all(one == (hidden, width) for one in widened) or widened == [(hidden, 2 * width)]:
         return activations[0], last, widened != [(hidden, width)]
     return None

@@ -315,6 +315,7 @@ FAMILIES = (
     # encoders
     bert("bert", "BertForMaskedLM", "bert"),
     bert("xlm-roberta", "XLMRobertaForMaskedLM", "roberta"),
+    bert("xmod", "XmodForMaskedLM", "roberta", languages=["en", "de"], default_language="en"),
     bert("electra", "ElectraForMaskedLM", "electra", embedding_size=16),
     Family("distilbert", "DistilBertForMaskedLM",
            {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": WIDTH, "n_layers": 2, "n_heads": 4,

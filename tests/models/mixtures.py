@@ -110,6 +110,20 @@ MIXTURES = (
         },
         dense={"layers.0.mlp": 40, "layers.1.mlp.shared_experts": WIDTH},
     ),
+    Mixture(
+        "MiniMaxM3VLForCausalLM",
+        {
+            "num_local_experts": 4,
+            "intermediate_size": WIDTH,
+            "shared_intermediate_size": WIDTH,
+            "dense_intermediate_size": 40,
+            "mlp_layer_types": ["dense", "sparse"],
+            "head_dim": 8,
+            "rotary_dim": 4,
+            "swiglu_limit": 0.5,
+        },
+        dense={"layers.0.mlp": 40, "layers.1.mlp.shared_experts": WIDTH},
+    ),
 )
 
 
@@ -193,8 +207,9 @@ def _watch(site: str, experts: nn.Module, calls: list[Call], change: Change | No
 
         def gated(gate_up: Tensor) -> Tensor:
             gate, up = _halves(experts, gate_up)
-            if hasattr(experts, "alpha"):  # gpt-oss
-                return (up + 1) * seen(gate, gate * torch.sigmoid(gate * experts.alpha))
+            alpha = getattr(experts, "alpha", getattr(experts, "swiglu_alpha", None))
+            if alpha is not None:  # gpt-oss, MiniMax M3
+                return (up + 1) * seen(gate, gate * torch.sigmoid(gate * alpha))
             return up * seen(gate, functional.silu(gate))
 
         experts._apply_gate = gated
