@@ -10,40 +10,49 @@ namespace {
 using namespace kernels;
 using Call = lapefast::EditCall;
 
-void edit_touches_only_what_its_tables_name(const Engine<Call>& engine) {
-  for (const std::int64_t width : {1, 33, 100, 264, 2100}) {
-    Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
-    const std::vector<std::int32_t> sets{0, -1, 1, 0, 1, -1};
-    const std::int32_t last = static_cast<std::int32_t>(width - 1);
-    const std::vector<std::int32_t> offsets{0, 1, 2}, neurons{0, last};
-    const std::vector<float> scale{0.0f, 2.0f}, shift{3.0f, -1.0f};
+// Edits of bfloat16 matrices: which set each row has, and the tables of the sets.
+struct Edits {
+  std::vector<std::int32_t> sets, offsets, neurons;
+  std::vector<float> scale, shift;
+  std::int64_t flags[2] = {0, 0};
+
+  // The call; up may be none. It points into this and the matrices.
+  Call of(Activation activation, Matrix& gate, Matrix* up, Matrix& product) {
     Call call{};
     call.dtype = DType::bfloat16;
-    call.activation = Activation::identity;
-    call.rows = 6;
-    call.width = width;
+    call.activation = activation;
+    call.rows = gate.rows;
+    call.width = gate.width;
     call.gate = gate.view();
-    call.up = up.view();
+    if (up) call.up = up->view();
     call.product = product.view();
-    call.sets = {sets.data(), 6};
-    call.set_count = 2;
+    call.sets = {sets.data(), gate.rows};
+    call.set_count = static_cast<std::int64_t>(offsets.size()) - 1;
     call.offsets = offsets.data();
-    call.capacity = 2;
+    call.capacity = static_cast<std::int64_t>(neurons.size());
     call.neurons = neurons.data();
     call.scale = scale.data();
     call.shift = shift.data();
-    std::int64_t flags[2] = {0, 0};
     call.flags = flags;
-    engine.run(call);
+    return call;
+  }
+};
+
+void edit_touches_only_what_its_tables_name(const Engine<Call>& engine) {
+  for (const std::int64_t width : {1, 33, 100, 264, 2100}) {
+    Matrix gate(6, width, width, 1), up(6, width, width, 2), product(6, width, width, 3);
+    const std::int32_t last = static_cast<std::int32_t>(width - 1);
+    Edits edits{{0, -1, 1, 0, 1, -1}, {0, 1, 2}, {0, last}, {0.0f, 2.0f}, {3.0f, -1.0f}};
+    engine.run(edits.of(Activation::identity, gate, &up, product));
     for (std::int64_t row = 0; row < 6; ++row)
       for (std::int64_t column = 0; column < width; ++column) {
         float active = widen(gate.at(row, column));
-        if (sets[row] == 0 && column == 0) active = 3.0f;
-        if (sets[row] == 1 && column == last) active = widen(narrow(2.0f * active - 1.0f));
+        if (edits.sets[row] == 0 && column == 0) active = 3.0f;
+        if (edits.sets[row] == 1 && column == last) active = widen(narrow(2.0f * active - 1.0f));
         const std::uint16_t made = narrow(active * widen(up.at(row, column)));
         CHECK(product.at(row, column) == made, engine.name + " width " + std::to_string(width));
       }
-    CHECK(flags[0] == 0 && flags[1] == 0, engine.name);
+    CHECK(edits.flags[0] == 0 && edits.flags[1] == 0, engine.name);
   }
 }
 
@@ -78,30 +87,15 @@ void tables_of_nonsense_are_survived_on_a_gpu() {
   for (int round = 0; round < 200; ++round) {
     const std::int64_t width = round % 2 ? 50 : 256;
     Matrix gate(5, width, width, 1), product(5, width, width, 3);
-    std::vector<std::int32_t> sets(5), offsets(4), neurons(7);
-    for (auto* table : {&sets, &offsets, &neurons})
+    Edits edits{std::vector<std::int32_t>(5), std::vector<std::int32_t>(4),
+                std::vector<std::int32_t>(7), std::vector<float>(7, 0.0f),
+                std::vector<float>(7, 1.0f)};
+    for (auto* table : {&edits.sets, &edits.offsets, &edits.neurons})
       for (std::int32_t& entry : *table) {
         const std::uint32_t drawn = random();
         entry = static_cast<std::int32_t>(drawn % 3 ? drawn % 9 : drawn);
       }
-    const std::vector<float> scale(7, 0.0f), shift(7, 1.0f);
-    std::int64_t flags[2] = {0, 0};
-    Call call{};
-    call.dtype = DType::bfloat16;
-    call.activation = Activation::relu;
-    call.rows = 5;
-    call.width = width;
-    call.gate = gate.view();
-    call.product = product.view();
-    call.sets = {sets.data(), 5};
-    call.set_count = 3;
-    call.offsets = offsets.data();
-    call.capacity = 7;
-    call.neurons = neurons.data();
-    call.scale = scale.data();
-    call.shift = shift.data();
-    call.flags = flags;
-    gpu.run(call);
+    gpu.run(edits.of(Activation::relu, gate, nullptr, product));
     for (std::int64_t row = 0; row < 5; ++row)
       for (std::int64_t column = 0; column < width; ++column) {
         const float value = widen(gate.at(row, column));
