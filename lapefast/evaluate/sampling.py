@@ -22,7 +22,7 @@ from lapefast.models.bare import unwrap
 from lapefast.models.inputs import input_device
 from lapefast.neurons import Edit, NeuronSet, NeuronSets, activate
 from lapefast.profiling.about import about_run
-from lapefast.steering.continuations import check_temperature, continuations
+from lapefast.steering.continuations import check_temperature, continuations, generating
 
 __all__ = ["SampledLanguage", "SampledLanguages", "sampled_languages"]
 
@@ -146,6 +146,8 @@ def sampled_languages(
     device = input_device(model)
     drawing = [device] if device.type == "cuda" else []
 
+    bar = generating(samples * (1 + len(neurons) * (1 + random_sets)), progress)
+
     def write(edit: Edit | None) -> list[str]:
         with torch.random.fork_rng(drawing):
             torch.manual_seed(seed)
@@ -154,7 +156,7 @@ def sampled_languages(
                 [(prompt, edit)] * samples,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                progress=progress,
+                progress=bar,
                 do_sample=True,
                 temperature=float(temperature),
                 top_k=0,
@@ -165,25 +167,26 @@ def sampled_languages(
     def share(texts: Sequence[str], label: str) -> float:
         return sum(identify(text) == identify.codes[label] for text in texts) / len(texts)
 
-    unedited, rows = write(None), []
-    for label, found in neurons.items():
-        table = _values(neurons, values, label)
-        if not found.total:
-            raise InputError(f"label {label!r} has no neurons to set; leave it out")
-        texts = write(activate(found, table))
-        random = [
-            share(write(_shuffled(found, table, generator)), label) for _ in range(random_sets)
-        ]
-        rows.append(
-            SampledLanguage(
-                label,
-                identify.codes[label],
-                share(unedited, label),
-                share(texts, label),
-                random,
-                texts,
+    with bar:
+        unedited, rows = write(None), []
+        for label, found in neurons.items():
+            table = _values(neurons, values, label)
+            if not found.total:
+                raise InputError(f"label {label!r} has no neurons to set; leave it out")
+            texts = write(activate(found, table))
+            random = [
+                share(write(_shuffled(found, table, generator)), label) for _ in range(random_sets)
+            ]
+            rows.append(
+                SampledLanguage(
+                    label,
+                    identify.codes[label],
+                    share(unedited, label),
+                    share(texts, label),
+                    random,
+                    texts,
+                )
             )
-        )
     return SampledLanguages(
         rows,
         {

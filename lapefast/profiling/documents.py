@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -106,6 +107,7 @@ class DocumentPass:
         self._text = text
         self._bare, self._device = bare_model(model), input_device(model)
         self._seen = {label: {"documents": 0, "longer": 0, "empty": 0} for label in self.labels}
+        self._begun = time.monotonic()
 
     def batches(self, label: str) -> Iterator[DocumentBatch]:
         """The label's documents, batch after batch.
@@ -115,7 +117,9 @@ class DocumentPass:
         """
         seen = self._seen[label] = {"documents": 0, "longer": 0, "empty": 0}
         used, corpus = 0, self._opened[label]
-        with tqdm(desc=label, unit="doc", disable=not self._progress, delay=1) as bar:
+        # Of labels that take a moment each, those after the first second have bars.
+        delay = max(self._begun + 1 - time.monotonic(), 0)
+        with tqdm(desc=label, unit="doc", disable=not self._progress, delay=delay) as bar:
             for group in _grouped(self._kept(corpus, seen), self.batch_size * _SORTED_BATCHES):
                 group.sort(key=lambda one: len(one[1]))
                 for start in range(0, len(group), self.batch_size):

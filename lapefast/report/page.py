@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from tqdm.auto import tqdm
 
 from lapefast import __version__
 from lapefast.files import write_atomically
@@ -33,6 +34,7 @@ def write_report(
     title: str | None = None,
     date: str | None = None,
     figures: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> list[Path]:
     """Write a report as one HTML file; the same inputs give the same bytes.
 
@@ -42,6 +44,7 @@ def write_report(
         title: of the page; by default the model's name.
         date: said on the page, if given.
         figures: a directory for each figure as PNG, SVG and CSV, made if it does not exist.
+        progress: show a bar.
 
     Returns:
         The files written, the page first.
@@ -51,15 +54,18 @@ def write_report(
     """
     made = sections(inputs)
     title = title or f"Language-specific neurons of {inputs.model() or 'a model'}"
-    text = _render(title, date, made)
-    with write_atomically(path) as temporary:
-        temporary.write_text(text, "utf-8", newline="\n")
-    written = [Path(path)]
-    if figures is not None:
-        Path(figures).mkdir(parents=True, exist_ok=True)
-        for section in made:
-            for figure in section.figures:
-                written += figure.save(Path(figures))
+    drawings = sum(len(section.figures) for section in made) * (1 if figures is None else 2)
+    with tqdm(total=drawings, desc="drawing", unit="figure", disable=not progress, delay=1) as bar:
+        text = _render(title, date, made, bar)
+        with write_atomically(path) as temporary:
+            temporary.write_text(text, "utf-8", newline="\n")
+        written = [Path(path)]
+        if figures is not None:
+            Path(figures).mkdir(parents=True, exist_ok=True)
+            for section in made:
+                for figure in section.figures:
+                    written += figure.save(Path(figures))
+                    bar.update()
     return written
 
 
@@ -73,7 +79,7 @@ class _Drawn:
     data: list[dict[str, Any]]
 
 
-def _render(title: str, date: str | None, made: Sequence[Section]) -> str:
+def _render(title: str, date: str | None, made: Sequence[Section], bar: tqdm) -> str:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -91,11 +97,11 @@ def _render(title: str, date: str | None, made: Sequence[Section]) -> str:
         style=Markup((_FOLDER / "style.css").read_text("utf-8")),
         script=Markup(script),
         digest=digest,
-        sections=[(one, [_drawn(figure) for figure in one.figures]) for one in made],
+        sections=[(one, [_drawn(figure, bar) for figure in one.figures]) for one in made],
     )
 
 
-def _drawn(figure: Figure) -> _Drawn:
+def _drawn(figure: Figure, bar: tqdm) -> _Drawn:
     drawing = figure.in_browser
     svg = Markup(inline(drawing, figure.name, f"{figure.title}. {figure.caption}"))
     data = []
@@ -110,6 +116,7 @@ def _drawn(figure: Figure) -> _Drawn:
                 "values": list(grid.values),
             }
         )
+    bar.update()
     return _Drawn(figure, svg, drawing.figure.get_figwidth() * _POINTS, data)
 
 

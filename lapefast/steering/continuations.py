@@ -17,7 +17,7 @@ from lapefast.models.inputs import context_limit, input_device
 from lapefast.steering.sequences import Where
 from lapefast.steering.steer import Steer, steer
 
-__all__ = ["Request", "check_temperature", "continuations"]
+__all__ = ["Request", "check_temperature", "continuations", "generating"]
 
 Request = tuple[Sequence[int], Steer | None]
 """A prompt's token ids, and what its sequence is steered by."""
@@ -34,7 +34,7 @@ def continuations(
     max_new_tokens: int,
     batch_size: int = 128,
     where: Where = "all",
-    progress: bool = True,
+    progress: bool | tqdm = True,
     **sampling: Any,
 ) -> list[list[int]]:
     """The tokens that the model generates after each prompt, in the order of the requests.
@@ -48,7 +48,7 @@ def continuations(
         max_new_tokens: at most so many per prompt; the token that ends a text is the last.
         batch_size: sequences per batch.
         where: at which positions edits hold; see `lapefast.steer`.
-        progress: show a bar.
+        progress: show a bar, or which one to move on: `generating`'s, of more than these requests.
         sampling: arguments of `generate`, such as ``do_sample=True``; without any, decoding is
             greedy, whatever the model's own configuration says.
 
@@ -78,9 +78,9 @@ def continuations(
     with (
         evaluating(model),
         torch.no_grad(),
-        tqdm(
-            total=len(order), desc="generating", unit="text", disable=not progress, delay=1
-        ) as bar,
+        nullcontext(progress)
+        if isinstance(progress, tqdm)
+        else generating(len(order), progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -91,6 +91,11 @@ def continuations(
                 tokens[i] = generated
             bar.update(len(batch))
     return tokens
+
+
+def generating(texts: int, progress: bool) -> tqdm:
+    """A bar for so many texts."""
+    return tqdm(total=texts, desc="generating", unit="text", disable=not progress, delay=1)
 
 
 def check_temperature(temperature: Any, name: str = "temperature") -> None:

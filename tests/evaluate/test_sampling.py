@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import lapefast as lf
 from lapefast import demo
 from lapefast.errors import InputError
-from lapefast.evaluate import SampledLanguages
+from lapefast.evaluate import SampledLanguages, sampling
 from lapefast.evaluate.language import LanguageIdentifier
 from lapefast.neurons import Layout
 
@@ -84,6 +87,22 @@ def test_rows_stand_beside_random_sets_and_come_out_alike(made, found):
     table = runs[0].to_pandas()
     assert list(table["label"]) == found.labels
     assert (table["random_least"] <= table["random_largest"]).all()
+
+
+def test_one_bar_is_of_all_texts(made, found, monkeypatch):
+    bars = []
+
+    def generating(texts, progress):
+        bars.append(tqdm(total=texts, disable=not progress, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(sampling, "generating", generating)
+    options = {**OPTIONS, "samples": 3, "max_new_tokens": 2, "progress": True}
+    lf.evaluate.sampled_languages(
+        made.model, made.tokenizer, found, random_sets=2, restrict=True, **options
+    )
+    texts = 3 * (1 + 3 * 3)
+    assert [(bar.n, bar.total) for bar in bars] == [(texts, texts)]
 
 
 def test_values_of_any_method_can_be_set(made):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 import json
 import re
 from dataclasses import replace
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from report_inputs import LABELS
+from tqdm.auto import tqdm
 
 from lapefast.detect import Experts
 from lapefast.detect.sharing.result import Spread
@@ -183,6 +185,21 @@ def test_figures_are_written_beside_the_page(inputs, tmp_path):
     assert written[0] == tmp_path / "r.html"
     assert {path.name for path in written[1:]} == {"matrix.png", "matrix.svg", "matrix.csv"}
     assert all(path.stat().st_size for path in written)
+
+
+def test_a_bar_is_of_all_drawings(inputs, tmp_path, monkeypatch):
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr("lapefast.report.page.tqdm", bar)
+    given = Inputs(matrix=inputs.matrix, neurons=inputs.neurons)
+    figures = sum(len(section.figures) for section in sections(given))
+    write_report(tmp_path / "r.html", given)
+    write_report(tmp_path / "r.html", given, figures=tmp_path / "f")
+    assert [(bar.n, bar.total) for bar in bars] == [(n, n) for n in (figures, 2 * figures)]
 
 
 def test_figures_of_several_methods_carry_their_names(inputs):
