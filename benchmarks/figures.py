@@ -10,13 +10,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from reporting import quartiles
 
-from lapefast.report.figures import COLUMN, STYLE, Drawing
+from lapefast.report.figures import COLUMN, Drawing, styled
 
 _COLUMNS = 3
 _TICKS = 4
@@ -39,7 +38,7 @@ def draw(results: Path) -> list[Path]:
     about, rows = held["about"], -(-len(curves) // _COLUMNS)
     folder = results.parent / "figures"
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure((2 * COLUMN, rows * 0.6 * COLUMN), layout="constrained")
         panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
         for axes, (curve, series) in zip(panels, curves.items(), strict=False):

@@ -64,7 +64,7 @@ def read_forward(module: nn.Module) -> GatedForward | None:
 
 @dataclass(frozen=True)
 class ClampedGate:
-    """How experts, or a dense FFN, gate whose activation is no module: gate and up are clamped.
+    """A gate whose activation is no module, of experts or a dense FFN: gate and up are clamped.
 
     With a = sigmoid(alpha * gate) * gate, the activation, they go on with ``(up + 1) * a``; without
     an ``alpha``, a = silu(gate) and ``up * a``.
@@ -111,15 +111,15 @@ _CLAMPED = (
 _GATED = "self.gate_up_proj(x)"
 
 
-def clamped_gate(owner: nn.Module) -> ClampedGate | None:
-    """How experts gate, or a dense FFN with ``gate_up_proj`` and ``down_proj``.
+def clamped_gate(owner: nn.Module, dense: bool) -> ClampedGate | None:
+    """How experts gate whose ``_apply_gate`` is exactly a known one.
 
-    Where the experts' ``_apply_gate``, or the FFN's forward, is exactly a known one.
+    Or a dense FFN whose whole forward is, by its ``gate_up_proj`` and ``down_proj``.
     """
     cls = type(owner)
-    if hasattr(cls, "_apply_gate"):
-        return _read_gate(cls._apply_gate, dense=False)
-    return _read_gate(cls.forward, dense=True) if cls.__call__ is nn.Module.__call__ else None
+    if not dense:
+        return _read_gate(getattr(cls, "_apply_gate", None), dense)
+    return _read_gate(cls.forward, dense) if cls.__call__ is nn.Module.__call__ else None
 
 
 @functools.cache
@@ -127,8 +127,9 @@ def _read_gate(function: object, dense: bool) -> ClampedGate | None:
     expression = _read_function(function)
     if expression is None:
         return None
-    names = function.__globals__
-    if names.get("F", functional) is not functional or names.get("torch") is not torch:
+    names = _names_of(function)
+    known = {"F": functional, "torch": torch}
+    if any(names.get(name, module) is not module for name, module in known.items()):
         return None
     # Two ways to write the same.
     source = ast.unparse(expression).replace("min=None, ", "").replace(" + 1.0)", " + 1)")
@@ -165,13 +166,19 @@ def _read_class(cls: type) -> GatedForward | None:
     expression = _read_function(cls.forward)
     if expression is None:
         return None
-    names = inspect.getclosurevars(cls.forward)
-    return _match(expression, {**names.globals, **names.nonlocals})
+    return _match(expression, _names_of(cls.forward))
+
+
+def _names_of(function: object) -> dict[str, object]:
+    """What a function finds by the names that are not its own."""
+    names = inspect.getclosurevars(function)
+    return {**names.globals, **names.nonlocals}
 
 
 def _read_function(function: object) -> ast.expr | None:
     """What a method returns as one expression; None where that can't be read."""
-    if not inspect.isfunction(function):
+    # The source of what wraps another function would be the other's.
+    if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -197,6 +204,7 @@ def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
         return None
     owner, given = (argument.arg for argument in arguments.args)
     values: dict[str, ast.expr] = {owner: ast.Name("self"), given: ast.Name("x")}
+    made: list[ast.expr] = []
     for statement in definition.body:
         match statement:
             case ast.Expr(value=ast.Constant(value=str())):
@@ -206,10 +214,12 @@ def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
                 | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
                 values[name] = _substitute(value, values)
+                made.append(values[name])
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=value) if all(
                 isinstance(name, ast.Name) for name in names
             ):
                 whole = _substitute(value, values)
+                made += whole.elts if isinstance(whole, ast.Tuple) else [whole]
                 for index, name in enumerate(names):
                     values[name.id] = (
                         whole.elts[index]
@@ -217,7 +227,11 @@ def _single_expression(definition: ast.FunctionDef) -> ast.expr | None:
                         else ast.Subscript(whole, ast.Constant(index))
                     )
             case ast.Return(value=ast.expr() as value):
-                return _substitute(value, values) if statement is definition.body[-1] else None
+                returned = _substitute(value, values)
+                # What is made and not returned may have been made for what else it does.
+                text = ast.unparse(returned)
+                used = all(ast.unparse(one) in text for one in made)
+                return returned if used and statement is definition.body[-1] else None
             case _:
                 return None
     return None

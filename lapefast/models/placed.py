@@ -8,6 +8,7 @@ with its own weights and is unpatched.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +97,9 @@ class SiteState:
         self.columns = columns  # this process's neurons, where they are split over several
         self.width = ffn.site.width if columns is None else columns.stop - columns.start
         self.form = ffn.forward
-        self.gate = clamped_gate(ffn.owner) if ffn.activation is ffn.owner else None
+        self.gate = None
+        if ffn.activation is ffn.owner:
+            self.gate = clamped_gate(ffn.owner, dense=not ffn.site.experts)
         self.replaced = replaced
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
@@ -288,9 +291,11 @@ def _projected(projection: nn.Module, x: Tensor) -> Tensor:
     return projection(x)
 
 
-def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+def gated_forward(self: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:
     """``down(act(gate(x)) * up(x))`` by the module's own submodules, with the ops in between."""
     state: SiteState = self.__dict__[SITE]
+    # The forward of its class takes one argument, by any name.
+    x = given[0] if len(given) == 1 and not named else _argument(self, given, named)
     if state.statistics is None and state.edits is None:
         return state.original(self)(x)
     if state.gate is not None:
@@ -307,6 +312,12 @@ def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
         return run(self, state, x)
     except InputError as error:
         raise _named(state, error) from error
+
+
+def _argument(module: nn.Module, given: tuple, named: dict[str, Any]) -> Tensor:
+    """The one argument of a forward; TypeError, as from the forward, for any others."""
+    bound = inspect.signature(type(module).forward).bind(module, *given, **named)
+    return bound.args[1]
 
 
 def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:

@@ -6,6 +6,7 @@ FFN if its children say so: linear layers that widen and narrow back, and one ac
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lapefast.models.sites import Site
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
 
-_COPIES = re.compile(r"\.original_module$|\.modules_to_save\.\w+$")
+_log = logging.getLogger(__name__)
 
 _Parts = tuple[nn.Module, nn.Module, bool]  # activation, last projection, whether gated
 
@@ -108,16 +109,9 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
     """
     bare = bare_model(model)
     stack_names = stacks(bare).keys()
-    found = [
-        ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, stack_names)
-    ]
-    paths = {ffn.site.name for ffn in found}
-    # PEFT keeps copies of a module that it trains whole; their wrapper passes for the one in use.
-    found = [
-        ffn
-        for ffn in found
-        if (name := _COPIES.sub("", ffn.site.name)) == ffn.site.name or name not in paths
-    ]
+    found = _outermost(
+        [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, stack_names)]
+    )
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
@@ -131,6 +125,20 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
             "adding-a-model.md says how to add one)"
         )
     return found
+
+
+def _outermost(found: list[FFN]) -> list[FFN]:
+    """The FFNs that lie in no other dense one.
+
+    Those that do are adapters, as X-MOD has for its languages, whose tokens alone pass through
+    them, and PEFT's copies of a module that it trains whole, whose wrapper passes for the one in
+    use.
+    """
+    outer = tuple(f"{ffn.site.name}." for ffn in found if ffn.site.name and not ffn.site.experts)
+    inner = {ffn.site.name for ffn in found if ffn.site.name.startswith(outer)}
+    if inner:
+        _log.info("Inside other FFNs, so no sites of their own: %s", sorted(inner))
+    return [ffn for ffn in found if ffn.site.name not in inner]
 
 
 def _ffn_at(path: str, module: nn.Module, stack_names: Collection[str]) -> Iterator[FFN]:
@@ -169,8 +177,13 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
         forward = read_forward(module)
         if forward and forward.function is not None:
             return forward.function, last, True
-        if clamped_gate(module) is not None:
+        if clamped_gate(module, dense=True) is not None:
             return module, last, True
+        if hasattr(module, "modules_to_save"):
+            raise InputError(
+                f"the FFN {path} calls its activation as a function, and PEFT trains it whole, so "
+                "nothing can be placed there; merge the adapter first (model.merge_and_unload())"
+            )
         raise InputError(
             f"the FFN {path or type(module).__name__} ({type(module).__name__}) calls its "
             "activation as a function, which can't be observed; make it a module of the FFN named "
@@ -194,8 +207,6 @@ def _parts_by_shape(module: nn.Module) -> _Parts | None:
     *first, last = linears
     width, hidden = _features(last)
     widened = [_features(one) for one in first]
-    if len(first) == 1 and width < hidden:
-        return None  # a bottleneck: an adapter, not the layer's FFN
     if all(one == (hidden, width) for one in widened) or widened == [(hidden, 2 * width)]:
         return activations[0], last, widened != [(hidden, width)]
     return None
@@ -226,7 +237,7 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
         )
     activation = _child(module, "act_fn")
     if not isinstance(activation, nn.Module):
-        if clamped_gate(module) is None:
+        if clamped_gate(module, dense=False) is None:
             raise InputError(
                 f"{name} is a mixture of experts that calls its activation as a function, which "
                 "can't be observed; make it a module named act_fn (docs/adding-a-model.md)"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import plain
 import pytest
 import torch
@@ -44,6 +47,63 @@ class UpNotClamped(Block):
 class Doubled(Block):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class WithAGateMethod(Block):
+    """Its forward does more than the method says."""
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.swiglu_limit)
+        up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+        glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
+        return (up + 1.0) * glu
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.dropout(self._apply_gate(self.gate_up_proj(x))))
+
+
+class Counting(Block):
+    """The same computation, and something besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        _ = self.calls.add_(1)
+        gate_up = self.gate_up_proj(x)
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.swiglu_limit)
+        up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+        glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
+        return self.down_proj((up + 1.0) * glu)
+
+
+class Wrapped(Block):
+    """A forward around another one, whose source it passes off as its own."""
+
+    @functools.wraps(Block.forward)
+    def _around(self, x):
+        return 2 * Block.forward(self, x)
+
+    forward = _around
+
+
+def of_another_torch(torch) -> type[nn.Module]:
+    """A block that finds its functions in what its maker calls torch."""
+
+    class Closed(Block):
+        def forward(self, x):
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            gate = gate.clamp(max=self.swiglu_limit)
+            up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+            return self.down_proj((up + 1) * (gate * torch.sigmoid(gate * self.swiglu_alpha)))
+
+    return Closed
+
+
+ANOTHER = of_another_torch(types.SimpleNamespace(sigmoid=torch.tanh))
 
 
 class Stack(nn.Module):
@@ -130,10 +190,35 @@ def test_sums_of_the_product_are_refused_by_name():
         lf.record(Stack(Block), ["a"], statistics=("square_sums",))
 
 
-@pytest.mark.parametrize("block", [UpNotClamped, Doubled])
+@pytest.mark.parametrize(
+    "block", [UpNotClamped, Doubled, WithAGateMethod, Counting, Wrapped, ANOTHER]
+)
 def test_a_forward_that_is_not_all_known_is_refused_by_name(block):
     with pytest.raises(InputError, match=rf"the FFN ffns.0 \({block.__name__}\) calls its act"):
         models.find_sites(Stack(block))
+
+
+@torch.no_grad()
+def test_the_input_may_be_named():
+    model = Stack(Block)
+    hidden = model.embedding(IDS)
+    expected = model.ffns[0](hidden)
+    with lf.steer(model, lf.deactivate(EDITED)):
+        edited = model.ffns[0](hidden)
+        assert torch.equal(model.ffns[0](hidden_states=hidden), edited)
+        with pytest.raises(TypeError, match="hidden_states"):
+            model.ffns[0](x=hidden)
+        with pytest.raises(TypeError, match="too many positional arguments"):
+            model.ffns[0](hidden, hidden)
+    assert not torch.equal(edited, expected)
+
+
+def test_one_that_peft_trains_whole_is_refused_by_name():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["embedding"], modules_to_save=["ffns.0"])
+    model = peft.get_peft_model(Stack(Block), config)
+    with pytest.raises(InputError, match=r"ffns.0 .* PEFT trains it whole.*merge the adapter"):
+        lf.record(model, ["a"])
 
 
 def test_a_forward_that_was_replaced_is_refused():

@@ -146,6 +146,16 @@ class Clamped(Block):
         return self.w2(functional.silu(self.w1(x)).clamp(max=1) * self.w3(x))
 
 
+class Counting(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        _ = self.calls.add_(1)
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
 class Stack(nn.Module):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
@@ -199,7 +209,7 @@ def test_such_a_forward_compiles_whole():
         assert torch.equal(recorder.profile().counts["ffn"], 2 * counted)
 
 
-@pytest.mark.parametrize("block", [WithOptions, Unknown, Clamped])
+@pytest.mark.parametrize("block", [WithOptions, Unknown, Clamped, Counting])
 def test_a_function_that_is_not_known_or_not_all_is_refused_by_name(block):
     with pytest.raises(InputError, match=f"the FFN ffn \\({block.__name__}\\) calls its act"):
         lf.record(Stack(block), ["a"])

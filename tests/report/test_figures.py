@@ -55,7 +55,15 @@ def test_the_same_figure_is_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"figure.autolayout": True}, {"savefig.dpi": 50}, {"figure.dpi": 50}], ids=str
+    "settings",
+    [
+        {"figure.autolayout": True},
+        {"savefig.dpi": 50},
+        {"figure.dpi": 50},
+        {"text.color": "white", "figure.facecolor": "black", "savefig.transparent": True},
+        {"savefig.bbox": "tight", "axes.grid": True, "axes.unicode_minus": False},
+    ],
+    ids=str,
 )
 def test_a_users_settings_of_matplotlib_change_nothing(tmp_path, settings):
     first = draw_matrix(matrix(["en", "zh"]), tmp_path / "first")

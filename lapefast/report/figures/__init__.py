@@ -13,11 +13,10 @@ from lapefast.report.figures.figure import Figure, Grid, Table
 from lapefast.report.figures.matrix import changes
 from lapefast.report.figures.neurons import counts
 from lapefast.report.figures.stability import overlaps
-from lapefast.report.figures.style import COLUMN, STYLE
+from lapefast.report.figures.style import COLUMN, styled
 
 __all__ = [
     "COLUMN",
-    "STYLE",
     "Drawing",
     "Figure",
     "Grid",
@@ -25,6 +24,7 @@ __all__ = [
     "draw_matrix",
     "draw_neurons",
     "draw_stability",
+    "styled",
 ]
 
 

@@ -1,4 +1,4 @@
-"""A drawing, laid out once and drawn once for each form in which it is written."""
+"""A drawing, laid out once, and drawn once as SVG for the page and a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from lapefast.files import write_atomically
-from lapefast.report.figures.style import STYLE
+from lapefast.report.figures.style import styled
 
 __all__ = ["Drawing"]
 
@@ -30,16 +29,18 @@ class Drawing:
     """What matplotlib drew; its parts have their places.
 
     Args:
-        figure: with a layout engine, which is run and taken away.
+        figure: its layout engine, if it has one, is run and taken away.
     """
 
     figure: Figure
 
     def __post_init__(self) -> None:
         self.figure.set_dpi(_DPI)
-        with _styled():
-            self.figure.get_layout_engine().execute(self.figure)
-            self.figure.set_layout_engine(None)  # with any, saving draws twice
+        engine = self.figure.get_layout_engine()
+        if engine is not None:
+            with _quiet():
+                engine.execute(self.figure)
+                self.figure.set_layout_engine(None)  # with any, saving draws twice
 
     @functools.cached_property
     def svg(self) -> str:
@@ -63,7 +64,7 @@ class Drawing:
         file = io.BytesIO()
         # Who made it and when is not for a file that is the same whenever it is made.
         nothing = ("Date", "Creator", "Format", "Type") if kind == "svg" else ("Software",)
-        with _styled():
+        with _quiet():
             self.figure.savefig(
                 file, format=kind, dpi=_DPI, metadata=dict.fromkeys(nothing), **options
             )
@@ -71,8 +72,8 @@ class Drawing:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+def _quiet() -> Iterator[None]:
+    with styled(), warnings.catch_warnings():
         # What no installed font has is escaped, or left to a browser, which has fonts of its own.
         warnings.filterwarnings("ignore", "Glyph")
         yield

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unicodedata import east_asian_width
 
-import matplotlib
+import matplotlib.style
 
 from lapefast.display import shortened
 from lapefast.report.fonts import drawable
@@ -15,25 +16,22 @@ __all__ = [
     "COLOURS",
     "COLUMN",
     "HATCHES",
-    "STYLE",
     "inches",
     "lettering",
+    "styled",
 ]
 
 COLUMN = 3.35  # inches, a column of a two-column paper; labels or numbers may need more
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 """Okabe and Ito's palette, without black: that is the text's."""
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
-STYLE = {
+_STYLE = {
     "font.size": 7,
     "axes.labelsize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "axes.linewidth": 0.6,
-    # Figures say their layout themselves.
-    "figure.autolayout": False,
-    "figure.constrained_layout.use": False,
     "hatch.linewidth": 0.4,
     "svg.fonttype": "none",
     "svg.hashsalt": "lapefast",
@@ -55,12 +53,19 @@ def lettering(
         whole: names that are not shortened.
     """
     families, drawn = drawable(*names, escape=escape)
-    with matplotlib.rc_context({**STYLE, "font.family": families}):
+    with styled(**{"font.family": families}):
         short = [shortened(some, _LONGEST) for some in drawn]
         yield [
             [two if one in whole else three for one, two, three in zip(*forms, strict=True)]
             for forms in zip(names, drawn, short, strict=True)
         ]
+
+
+@contextmanager
+def styled(**more: Any) -> Iterator[None]:
+    """The style, whatever the user's own is, and more settings of matplotlib."""
+    with matplotlib.style.context(["default", {**_STYLE, **more}]):
+        yield
 
 
 def inches(texts: Sequence[str]) -> float:
