@@ -199,6 +199,11 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
     seen = []
 
     def edited(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"{state.name}: its activation module returns a {type(output).__name__} and no "
+                "tensor; lapefast can't handle this model"
+            )
         output = _edited(state, output)
         seen.append(output)
         return output

@@ -437,6 +437,30 @@ def test_an_activation_that_is_another_at_every_call_is_refused_by_name(llama, l
     plain.assert_untouched(before, llama)
 
 
+def test_an_activation_that_is_no_tensor_is_refused_by_name():
+    """As I-BERT's, which comes with its scale."""
+
+    class WithScale(nn.GELU):
+        def forward(self, hidden):
+            return super().forward(hidden), torch.ones(1)
+
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(32, 40), WithScale(), nn.Linear(40, 32)
+
+        def forward(self, hidden):
+            activation, scale = self.act(self.fc1(hidden))
+            return self.fc2(activation * scale)
+
+    model = by_name("llama").build()
+    model.model.layers[1].mlp = Quantised()
+    before = plain.attributes(model)
+    with pytest.raises(InputError, match=r"layers.1.mlp: its activation module returns a tuple"):
+        lf.record(model, ["a"])
+    plain.assert_untouched(before, model)
+
+
 def test_an_ffn_that_runs_without_its_activation_is_refused_by_name(llama):
     ffn = llama.model.layers[1].mlp
     ffn.forward = types.MethodType(lambda self, x: x, ffn)
