@@ -146,8 +146,6 @@ def sampled_languages(
     device = input_device(model)
     drawing = [device] if device.type == "cuda" else []
 
-    bar = generating(samples * (1 + len(neurons) * (1 + random_sets)), progress)
-
     def write(edit: Edit | None) -> list[str]:
         with torch.random.fork_rng(drawing):
             torch.manual_seed(seed)
@@ -167,7 +165,7 @@ def sampled_languages(
     def share(texts: Sequence[str], label: str) -> float:
         return sum(identify(text) == identify.codes[label] for text in texts) / len(texts)
 
-    with bar:
+    with generating(samples * (1 + len(neurons) * (1 + random_sets)), progress) as bar:
         unedited, rows = write(None), []
         for label, found in neurons.items():
             table = _values(neurons, values, label)

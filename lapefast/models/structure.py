@@ -128,14 +128,15 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
 
 
 def _outermost(found: list[FFN]) -> list[FFN]:
-    """The FFNs that lie in no other dense one.
+    """The mixtures, and the dense FFNs that lie in no other.
 
     Those that do are adapters, as X-MOD has for its languages, whose tokens alone pass through
     them, and PEFT's copies of a module that it trains whole, whose wrapper passes for the one in
     use.
     """
-    outer = tuple(f"{ffn.site.name}." for ffn in found if ffn.site.name and not ffn.site.experts)
-    inner = {ffn.site.name for ffn in found if ffn.site.name.startswith(outer)}
+    dense = [ffn.site.name for ffn in found if not ffn.site.experts]
+    outer = tuple(f"{name}." for name in dense if name)
+    inner = {name for name in dense if name.startswith(outer)}
     if inner:
         _log.info("Inside other FFNs, so no sites of their own: %s", sorted(inner))
     return [ffn for ffn in found if ffn.site.name not in inner]

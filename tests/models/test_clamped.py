@@ -63,23 +63,6 @@ class WithAGateMethod(Block):
         return self.down_proj(nn.functional.dropout(self._apply_gate(self.gate_up_proj(x))))
 
 
-class Counting(Block):
-    """The same computation, and something besides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        _ = self.calls.add_(1)
-        gate_up = self.gate_up_proj(x)
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate = gate.clamp(max=self.swiglu_limit)
-        up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
-        glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
-        return self.down_proj((up + 1.0) * glu)
-
-
 class Wrapped(Block):
     """A forward around another one, whose source it passes off as its own."""
 
@@ -190,9 +173,7 @@ def test_sums_of_the_product_are_refused_by_name():
         lf.record(Stack(Block), ["a"], statistics=("square_sums",))
 
 
-@pytest.mark.parametrize(
-    "block", [UpNotClamped, Doubled, WithAGateMethod, Counting, Wrapped, ANOTHER]
-)
+@pytest.mark.parametrize("block", [UpNotClamped, Doubled, WithAGateMethod, Wrapped, ANOTHER])
 def test_a_forward_that_is_not_all_known_is_refused_by_name(block):
     with pytest.raises(InputError, match=rf"the FFN ffns.0 \({block.__name__}\) calls its act"):
         models.find_sites(Stack(block))
@@ -214,7 +195,7 @@ def test_the_input_may_be_named():
 
 
 def test_one_that_peft_trains_whole_is_refused_by_name():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra export lifts it")
     config = peft.LoraConfig(target_modules=["embedding"], modules_to_save=["ffns.0"])
     model = peft.get_peft_model(Stack(Block), config)
     with pytest.raises(InputError, match=r"ffns.0 .* PEFT trains it whole.*merge the adapter"):
