@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, named_modules
@@ -127,8 +126,16 @@ _WATCHED: dict[str, tuple[Callable, Callable | None, int]] = {}
 """Implementation -> what is in its place, what was there before, and how often it is watched."""
 
 
+def _functions() -> dict[str, Callable]:
+    """Implementation -> function, where transformers looks it up."""
+    # Loads all that models are made of, which takes seconds: who watches nothing need not wait.
+    from transformers import AttentionInterface
+
+    return AttentionInterface._global_mapping
+
+
 def _watch(name: str) -> None:
-    functions = AttentionInterface._global_mapping
+    functions = _functions()
     placed, before, times = _WATCHED.get(name, (None, functions.get(name), 0))
     if placed is None:
         placed = functions[name] = functools.partial(_watched, before)
@@ -137,7 +144,7 @@ def _watch(name: str) -> None:
 
 def _unwatch(name: str) -> None:
     placed, before, times = _WATCHED.pop(name)
-    functions = AttentionInterface._global_mapping
+    functions = _functions()
     if times > 1:
         _WATCHED[name] = placed, before, times - 1
     elif functions.get(name) is placed:  # or somebody has registered another since

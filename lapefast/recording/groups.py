@@ -41,6 +41,9 @@ class StackGroups(StackRows):
         self._shape: torch.Size | None = None
         self._lock = threading.Lock()
         self._placement = placement
+        if self._shards > 1:
+            # No decorator: it would load the compiler, a second's work, for all who import this.
+            self._dealing = torch.compiler.disable(StackGroups._deal)
         super().__init__(module, device, GROUPS)
 
     def set(self, labels: Tensor) -> None:
@@ -51,7 +54,6 @@ class StackGroups(StackRows):
         if self._shards == 1:
             self._hold(labels)
 
-    @torch.compiler.disable
     def _deal(self, batch: int, length: int, options: dict[str, Any]) -> None:
         labels = self._labels if self._shape else self._labels.expand(batch, length)
         if not past_length(options):
@@ -80,7 +82,7 @@ class StackGroups(StackRows):
                 f"{list(self._shape)}; call it before each forward pass"
             )
         if self._shards > 1:
-            self._deal(batch, length, options)
+            self._dealing(self, batch, length, options)
         index = self.indices[self.device].tensor
         rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
