@@ -288,6 +288,17 @@ void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
   lapefast::leave_one_out(call, threads);
 }
 
+void sort_rows(py::handle object) {
+  const Tensor keys(object, "keys");
+  keys.expect(keys.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
+  keys.expect(keys.dimensions() == 2, "must be [rows, keys]");
+  keys.expect(keys.width() < std::int64_t{1} << 32, "has rows that are too long");
+  std::int64_t* first = keys.contiguous<std::int64_t>(keys.elements(), keys);
+  const std::int64_t rows = keys.rows(), width = keys.width();
+  py::gil_scoped_release released;
+  lapefast::sort_rows(first, rows, width);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -306,6 +317,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("edit_kept", &edit_kept);
   module.def("edit_kept_in_place", &edit_kept_in_place);
   module.def("leave_one_out", &leave_one_out);
+  module.def("sort_rows", &sort_rows, "Sorts each row by the upper halves of its keys, in place.");
   module.def("isa", &lapefast::isa, "The instruction set in use.");
   module.def("available_isas", &lapefast::available_isas,
              "Instruction sets that are compiled in and that this processor has, slowest first.");

@@ -110,11 +110,22 @@ def fitting(dtype, rows=4, width=24, number=2):
         "edit_kept": {"tables": kept, **{name: edit[name] for name in named}},
         "edit_kept_in_place": {"tables": kept, "made": edit["gate"], "sets": index, "threads": 1},
         "leave_one_out": maps,
+        "sort_rows": {"unsorted": torch.arange(12).flip(0).reshape(3, 4) << 32},
     }
 
 
 OPS = sorted(fitting(torch.float32))
-WRITTEN = ("product", "counts", "sums", "square_sums", "up_abs_sums", "flags", "scores", "made")
+WRITTEN = (
+    "product",
+    "counts",
+    "sums",
+    "square_sums",
+    "up_abs_sums",
+    "flags",
+    "scores",
+    "made",
+    "unsorted",
+)
 SCALARS = {
     "activation": st.integers(-2, 9),
     "threshold": st.floats(),

@@ -15,6 +15,10 @@ void profile(const ProfileCall& call, int threads);
 void edit(const EditCall& call, int threads);
 void leave_one_out(const LeaveOneOutCall& call, int threads);
 
+// Sorts each row by the upper 32 bits of its keys, as signed numbers; equal ones keep their order.
+// A row has fewer than 2^32 keys.
+void sort_rows(std::int64_t* keys, std::int64_t rows, std::int64_t width);
+
 // `edit` in two halves, for tables that serve many calls: their check, of which the width is the
 // only part of the rest that counts; and the edit by tables that passed it unchanged.
 void check_tables(const EditCall& call);
