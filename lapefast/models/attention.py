@@ -101,6 +101,8 @@ def watching_attention(model: nn.Module, see: Callable[[AttentionCall], None]) -
     configs = [getattr(module, "config", None) for module in (bare, *paths)]
     names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
     watcher = _Watcher(paths, see)
+    if names:
+        _functions()  # it may take seconds, or fail, before anything is locked or watched
     with _LOCK:
         _WATCHERS.append(watcher)
         for name in names:

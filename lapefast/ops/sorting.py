@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lapefast.errors import InputError
 from lapefast.ops.backends import native
 
 __all__ = ["sort_rows"]
@@ -22,6 +23,11 @@ def sort_rows(keys: np.ndarray) -> None:
     Raises:
         InputError: others; nothing was sorted then.
     """
+    if keys.dtype != np.int64 or keys.ndim != 2 or not keys.flags.carray:
+        raise InputError(
+            "keys must be int64 [rows, keys], contiguous and writable, got "
+            f"{keys.dtype} {list(keys.shape)}"
+        )
     if native.library is None:
         keys.sort(axis=1)
     else:

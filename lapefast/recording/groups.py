@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +44,7 @@ class StackGroups(StackRows):
         self._lock = threading.Lock()
         self._placement = placement
         if self._shards > 1:
-            # No decorator: it would load the compiler, a second's work, for all who import this.
-            self._dealing = torch.compiler.disable(StackGroups._deal)
+            self._deal_uncompiled = _uncompiled_deal()
         super().__init__(module, device, GROUPS)
 
     def set(self, labels: Tensor) -> None:
@@ -82,7 +83,7 @@ class StackGroups(StackRows):
                 f"{list(self._shape)}; call it before each forward pass"
             )
         if self._shards > 1:
-            self._dealing(self, batch, length, options)
+            self._deal_uncompiled(self, batch, length, options)
         index = self.indices[self.device].tensor
         rows = batch * length
         one = torch.ones(1, dtype=torch.int64, device=index.device).expand(rows)
@@ -92,3 +93,9 @@ class StackGroups(StackRows):
         else:
             with self._lock:  # torch lets other threads run while it adds
                 self.tokens.index_add_(0, place, one)
+
+
+@functools.cache
+def _uncompiled_deal() -> Callable[..., None]:
+    # No decorator: it would load the compiler, a second's work, for all who import this.
+    return torch.compiler.disable(StackGroups._deal)
