@@ -11,4 +11,4 @@ library=$(ls "$PWD"/build/address-undefined/_native*.so)
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 python -m pytest --timeout=600 --capture=sys \
     -m "not long" tests/properties/test_native_boundary.py tests/properties/test_op_properties.py \
     tests/ops/test_op_native.py tests/ops/test_op_profile.py tests/ops/test_op_edit.py tests/ops/test_op_straight.py \
-    tests/ops/test_op_leave_one_out.py tests/ops/test_sorting.py --native "$library"
+    tests/ops/test_op_leave_one_out.py tests/ops/test_ranking.py --native "$library"

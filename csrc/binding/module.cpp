@@ -288,15 +288,20 @@ void leave_one_out(py::handle query_object, py::handle keys, py::handle logits,
   lapefast::leave_one_out(call, threads);
 }
 
-void sort_rows(py::handle object) {
-  const Tensor keys(object, "keys");
-  keys.expect(keys.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
-  keys.expect(keys.dimensions() == 2, "must be [rows, keys]");
-  keys.expect(keys.width() < std::int64_t{1} << 32, "has rows that are too long");
-  std::int64_t* first = keys.contiguous<std::int64_t>(keys.elements(), keys);
-  const std::int64_t rows = keys.rows(), width = keys.width();
+void rank_rows(py::handle scores_object, py::handle classes, py::handle ordered, py::handle last) {
+  const Tensor scores(scores_object, "scores");
+  scores.expect(scores.device_type() == lapefast::binding::dlpack::cpu, "must be on the CPU");
+  scores.expect(scores.dimensions() == 2, "must be [rows, width]");
+  scores.expect(scores.width() < std::int64_t{1} << 32, "has rows that are too long");
+  lapefast::RankCall call{};
+  const std::int64_t cells = scores.elements();
+  call.rows = scores.rows(), call.width = scores.width();
+  call.scores = scores.contiguous<float>(cells, scores);
+  call.classes = Tensor(classes, "classes").contiguous<std::int32_t>(call.width, scores);
+  call.ordered = Tensor(ordered, "ordered").contiguous<std::int32_t>(cells, scores);
+  call.last = Tensor(last, "last").contiguous<std::int8_t>(cells, scores);
   py::gil_scoped_release released;
-  lapefast::sort_rows(first, rows, width);
+  lapefast::rank_rows(call);
 }
 
 }  // namespace
@@ -317,7 +322,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("edit_kept", &edit_kept);
   module.def("edit_kept_in_place", &edit_kept_in_place);
   module.def("leave_one_out", &leave_one_out);
-  module.def("sort_rows", &sort_rows, "Sorts each row by the upper halves of its keys, in place.");
+  module.def("rank_rows", &rank_rows);
   module.def("isa", &lapefast::isa, "The instruction set in use.");
   module.def("available_isas", &lapefast::available_isas,
              "Instruction sets that are compiled in and that this processor has, slowest first.");

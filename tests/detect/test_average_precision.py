@@ -132,7 +132,7 @@ def test_memory_order_pieces_and_threads_change_nothing(dtype, threads, rng, mon
     assert_as_defined(scores, labels, expected)
     wide = np.zeros((206, 60), dtype)
     wide[::2, ::2] = scores
-    monkeypatch.setattr(precision_scores, "_WORKING_SET", 8 * 30 * 7)  # seven units at a time
+    monkeypatch.setattr(precision_scores, "_AT_ONCE", 30 * 7)  # seven units at a time
     for same in (scores, scores.T.copy().T, wide[::2, ::2], scores[::-1].copy()[::-1]):
         assert torch.equal(average_precision_scores(same, labels), expected)
         assert torch.equal(
@@ -160,7 +160,7 @@ def test_each_class_is_the_positive_one_in_turn(dtype, rng):
 @pytest.mark.parametrize("mode", ["r", "r+", "c"])
 def test_a_memory_map_is_read_and_left_as_it_was(mode, rng, tmp_path, monkeypatch):
     monkeypatch.setattr(precision_scores, "_MAPPED", 1)  # its pages are given back all the time
-    monkeypatch.setattr(precision_scores, "_WORKING_SET", 1)
+    monkeypatch.setattr(precision_scores, "_AT_ONCE", 1)
     values = rng.standard_normal((50, 300)).astype(np.float32)
     file = tmp_path / "scores"
     values.T.tofile(file)
@@ -179,7 +179,7 @@ def test_no_units_have_no_scores():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_nan_is_refused_with_its_unit(dtype, sign, monkeypatch):
-    monkeypatch.setattr(precision_scores, "_WORKING_SET", 8 * 4 * 2)
+    monkeypatch.setattr(precision_scores, "_AT_ONCE", 4 * 2)
     scores = np.zeros((9, 4), dtype)
     scores[5, 2] = np.copysign(np.nan, sign)
     with pytest.raises(InputError, match="unit 5 hold a NaN"):

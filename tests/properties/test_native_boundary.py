@@ -110,7 +110,12 @@ def fitting(dtype, rows=4, width=24, number=2):
         "edit_kept": {"tables": kept, **{name: edit[name] for name in named}},
         "edit_kept_in_place": {"tables": kept, "made": edit["gate"], "sets": index, "threads": 1},
         "leave_one_out": maps,
-        "sort_rows": {"unsorted": torch.arange(12).flip(0).reshape(3, 4) << 32},
+        "rank_rows": {
+            "ranked": torch.randn(3, 4),
+            "classes": torch.arange(4, dtype=torch.int32),
+            "ordered": torch.zeros(3, 4, dtype=torch.int32),
+            "last": torch.zeros(3, 4, dtype=torch.int8),
+        },
     }
 
 
@@ -124,7 +129,8 @@ WRITTEN = (
     "flags",
     "scores",
     "made",
-    "unsorted",
+    "ordered",
+    "last",
 )
 SCALARS = {
     "activation": st.integers(-2, 9),

@@ -91,6 +91,15 @@ struct LeaveOneOutCall {
   double* scores;              // [heads, dimensions]: the sum of the squared changes
 };
 
+// In which order the columns of each row of scores stand, the highest first.
+struct RankCall {
+  std::int64_t rows, width;
+  const float* scores;          // [rows, width]; no NaN
+  const std::int32_t* classes;  // [width]
+  std::int32_t* ordered;        // [rows, width]: the classes in that order
+  std::int8_t* last;            // [rows, width]: 1 where the next score is a lower one
+};
+
 // Sums over a row of a map are made in this many parts, whatever the width of the vectors.
 constexpr int map_unit = 32;
 

@@ -15,9 +15,9 @@ void profile(const ProfileCall& call, int threads);
 void edit(const EditCall& call, int threads);
 void leave_one_out(const LeaveOneOutCall& call, int threads);
 
-// Sorts each row by the upper 32 bits of its keys, as signed numbers; equal ones keep their order.
-// A row has fewer than 2^32 keys.
-void sort_rows(std::int64_t* keys, std::int64_t rows, std::int64_t width);
+// One thread puts the classes of each row in the order of its scores, and says where a score occurs
+// last. A row has fewer than 2^32 scores.
+void rank_rows(const RankCall& call);
 
 // `edit` in two halves, for tables that serve many calls: their check, of which the width is the
 // only part of the rest that counts; and the edit by tables that passed it unchanged.

@@ -7,7 +7,6 @@ lock, so that units are shared out among threads.
 from __future__ import annotations
 
 import mmap
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,16 +15,14 @@ import torch
 from torch import Tensor
 
 from lapefast.errors import InputError
-from lapefast.ops.sorting import sort_rows
+from lapefast.ops.ranking import rank_rows
 
 __all__ = ["average_precision_scores", "class_precision_scores", "give_back"]
 
-_LOW = 0 if sys.byteorder == "little" else 1  # where the lower half of an integer stands
-# Bytes of keys that one thread sorts at a time. On two cores of an EPYC, 3,000 float32 scores of a
-# unit take 17 us; with half as many bytes 26, as the interpreter's lock then changes hands more
-# often; with twice as many 15 to 27, as the system may take each piece's memory back, to hand it
-# out page by page for the next.
-_WORKING_SET = 1 << 19
+# Scores that one thread ranks at a time. On two cores of an EPYC a unit of 3,000 texts takes 13 us;
+# with half as many 15, as the interpreter's lock then changes hands more often; with twice as many
+# 20, as the system takes each piece's memory back, to hand it out page by page for the next.
+_AT_ONCE = 1 << 17
 _MAPPED = 1 << 28  # bytes of a memory map that are read before its pages are given back
 
 
@@ -86,13 +83,17 @@ def class_precision_scores(scores: Any, classes: Any, count: int) -> Tensor:
     units, texts = scores.shape
     narrow = np.result_type(scores.dtype, np.float32) == np.float32
     dtype = np.float32 if narrow else np.float64
-    step = max(1, _WORKING_SET // (8 * texts))
+    step = max(1, _AT_ONCE // texts)
     between = step * max(1, _MAPPED // (step * texts * scores.itemsize))
     result = np.empty((count, units))
 
     def compute(start: int) -> None:
         part = slice(start, start + step)
-        ordered, last = _ranked(_by_unit(scores[part], dtype), classes, start)
+        ranked = _by_unit(scores[part], dtype)
+        if np.isnan(ranked.max()):
+            unit = start + int(np.isnan(ranked).any(1).argmax())
+            raise InputError(f"the scores of unit {unit} hold a NaN; they must be numbers")
+        ordered, last = rank_rows(ranked, classes)
         for label in range(count):
             result[label, part] = _precision(ordered == label, last)
         if start % between == 0:
@@ -115,42 +116,8 @@ def _by_unit(part: np.ndarray, dtype: type) -> np.ndarray:
     return np.ascontiguousarray(part, dtype)
 
 
-def _ranked(scores: np.ndarray, classes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each unit's classes in the order of its scores, descending, and where a score occurs last.
-
-    Args:
-        scores: float32 or float64 [units, texts], contiguous.
-        classes: int32 [texts].
-        first: number of the first unit, for the message.
-
-    Returns:
-        int32 and bool [units, texts].
-    """
-    if np.isnan(scores.max()):
-        unit = first + int(np.isnan(scores).any(1).argmax())
-        raise InputError(f"the scores of unit {unit} hold a NaN; they must be numbers")
-    last = np.ones(scores.shape, bool)
-    if scores.dtype == np.float64:
-        order = np.argsort(-scores, axis=1)
-        values = np.take_along_axis(scores, order, axis=1)
-        np.not_equal(values[:, 1:], values[:, :-1], out=last[:, :-1])
-        return classes[order], last
-    # A float's bits, those below a set sign turned over, are ordered like the float, and carry the
-    # class with them: 15 us for 3,000 texts on one core of an EPYC, against 45 for NumPy's argsort
-    # by AVX2 and 76 by AVX-512. Texts of one score may come in any order.
-    bits = (np.float32(0) - scores).view(np.int32)  # never -0, which would stand apart from 0
-    keys = np.empty(scores.shape, np.int64)
-    halves = keys.view(np.int32).reshape(*scores.shape, 2)
-    low, high = halves[..., _LOW], halves[..., 1 - _LOW]
-    low[...] = classes
-    np.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=high)
-    sort_rows(keys)
-    np.not_equal(high[:, 1:], high[:, :-1], out=last[:, :-1])
-    return np.ascontiguousarray(low), last
-
-
 def _precision(positive: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Average precision of units whose texts are in order, float64 [units]; see `_ranked`.
+    """Average precision of units whose texts are in order, float64 [units]; see `rank_rows`.
 
     The mean over positive texts of TP / (TP + FP) at their scores: among the positive ones, and
     among all, how many have no lower score.
