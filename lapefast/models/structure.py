@@ -25,6 +25,9 @@ from lapefast.models.sites import Site
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
 
+# What chooses a mixture's experts, beside them.
+_ROUTERS = ("gate", "router")
+
 _log = logging.getLogger(__name__)
 
 _Parts = tuple[nn.Module, nn.Module, bool]  # activation, last projection, whether gated
@@ -128,17 +131,19 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
 
 
 def _outermost(found: list[FFN]) -> list[FFN]:
-    """The mixtures, and the dense FFNs that lie in no other.
+    """The mixtures, and the dense FFNs that lie in no other and choose no experts.
 
-    Those that do are adapters, as X-MOD has for its languages, whose tokens alone pass through
-    them, and PEFT's copies of a module that it trains whole, whose wrapper passes for the one in
-    use.
+    Those that lie in another are adapters, as X-MOD has for its languages, whose tokens alone pass
+    through them, and PEFT's copies of a module that it trains whole, whose wrapper passes for the
+    one in use. ZAYA's routers look like FFNs.
     """
     dense = [ffn.site.name for ffn in found if not ffn.site.experts]
     outer = tuple(f"{name}." for name in dense if name)
-    inner = {name for name in dense if name.startswith(outer)}
+    blocks = [ffn.site.name.rpartition(".")[0] for ffn in found if ffn.site.experts]
+    routers = tuple(f"{block}.{router}." for block in blocks for router in _ROUTERS)
+    inner = {name for name in dense if name.startswith(outer) or f"{name}.".startswith(routers)}
     if inner:
-        _log.info("Inside other FFNs, so no sites of their own: %s", sorted(inner))
+        _log.info("Inside other FFNs or routers, so no sites of their own: %s", sorted(inner))
     return [ffn for ffn in found if ffn.site.name not in inner]
 
 

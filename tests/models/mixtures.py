@@ -111,6 +111,16 @@ MIXTURES = (
         dense={"layers.0.mlp": 40, "layers.1.mlp.shared_experts": WIDTH},
     ),
     Mixture(
+        "ZayaForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": WIDTH,
+            "router_hidden_size": 16,
+            "head_dim": 8,
+        },
+    ),
+    Mixture(
         "MiniMaxM3VLForCausalLM",
         {
             "num_local_experts": 4,

@@ -80,7 +80,9 @@ def test_outputs_counts_and_routed_tokens_equal_those_of_a_plain_loop(
         active, routed = mixtures.counts(seen, GROUPS, 2, mixture.experts)
         assert torch.equal(profile.counts[site], active)
         assert torch.equal(profile.routed[site], routed)
-        assert routed.sum(1).tolist() == [2 * int((GROUPS == label).sum()) for label in range(2)]
+        ranks = seen[0].chosen.shape[1]
+        tokens = [int((GROUPS == label).sum()) for label in range(2)]
+        assert routed.sum(1).tolist() == [ranks * number for number in tokens]
     plain.assert_untouched(before, model)
     assert plain.same(model(IDS, attention_mask=MASK), expected)
 
