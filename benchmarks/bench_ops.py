@@ -69,6 +69,7 @@ def test_profile_op(backend, contest, report, limits, device, quick, rows, width
         rounds=41,
         repeat=3,
         moved=moved(gate),
+        lead_in=True,
     )
     report.row(
         f"{what}: eager silu(gate) * up takes",
@@ -127,6 +128,7 @@ def test_edit_op(backend, contest, report, device, quick, rows, width, sets):
         rounds=41,
         repeat=3 if rows > 64 else 100,
         moved=moved(gate),
+        lead_in=True,
     )
     report.row(
         f"{what}: times the eager product unedited",

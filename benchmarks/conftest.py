@@ -135,6 +135,7 @@ def contest(benchmark, report, device, quick, limits):
         operations: dict[str, float] | None = None,
         tokens: int | None = None,
         point: dict[str, object] | None = None,
+        lead_in: bool = False,
     ) -> Timings:
         """Check the answer, then time ``contenders`` alternately.
 
@@ -148,6 +149,9 @@ def contest(benchmark, report, device, quick, limits):
             operations: contender -> floating-point operations of a call, where they are known.
             tokens: tokens of a call.
             point: place on a scaling curve; such a contest adds no rows to the table.
+            lead_in: begin each turn with a call that is not timed. Then the memory that a result
+                takes is what the contender itself gave back, as in a model's layers, and not
+                another's, which a cache may hold or not: that alone makes a factor of two.
         """
         check()
         if quick:
@@ -157,11 +161,14 @@ def contest(benchmark, report, device, quick, limits):
 
         def one_round() -> None:
             nonlocal call
+            before = inputs[(call - 1) % len(inputs)]
             given = [inputs[(call + i) % len(inputs)] for i in range(repeat)]
             call += repeat
             # Who comes after a contender that gives much memory back pays for getting it again.
             order.shuffle(names)
             for name in names:
+                if lead_in:
+                    contenders[name](*before)
                 seconds[name].append(seconds_per_call(device, contenders[name], given))
 
         benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
