@@ -1,6 +1,5 @@
 // Rows of scores in order, by radix, which depends on no vector instructions: NumPy's sort by
-// AVX-512 takes three times as long on some processors (Zen 4 stores compressed vectors slowly) as
-// on others.
+// AVX-512 is slow where a processor is slow to store compressed vectors (Zen 4).
 #include <cstddef>
 #include <cstring>
 #include <memory>

@@ -34,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
                 continue
             # transformers 4 hides the bias of a split layer behind an underscore.
             digest.update(name.removeprefix("base_layer.").lstrip("_").encode())
-            digest.update(_sample(_on_hand(ffn.last, name, parameter)))
+            digest.update(_sample(ffn.last, name, parameter))
     return digest.hexdigest()
 
 
@@ -55,14 +55,23 @@ def weights_digest(model: nn.Module) -> str | None:
             states = [getattr(module, name, None) for name in names]
             digest.update(f"{path}|{states}\n".encode())
         for name, parameter in module.named_parameters(recurse=False):
-            digest.update(f"{path}.{name.lstrip('_')}|{list(parameter.shape)}\n".encode())
-            digest.update(_sample(_on_hand(module, name, parameter), _OF_EACH))
+            state = getattr(parameter, "quant_state", None)
+            shape = list(getattr(state, "original_qshape", parameter.shape))
+            digest.update(f"{path}.{name.lstrip('_')}|{shape}\n".encode())
+            digest.update(_sample(module, name, parameter, _OF_EACH))
     return digest.hexdigest()
 
 
-def _sample(weight: Tensor, most: int = _WEIGHTS) -> bytes:
+def _sample(module: nn.Module, name: str, parameter: Tensor, most: int = _WEIGHTS) -> bytes:
+    weight = _on_hand(module, name, parameter)
+    four_bit = getattr(parameter, "quant_state", None)
     flat = weight.detach().reshape(-1)
+    if four_bit is not None:
+        flat = flat.view(torch.uint8)
     step = max(flat.numel() // most, 1)
+    if getattr(four_bit, "packing_format_for_cpu", False):
+        places = torch.arange(0, flat.numel(), step)[:most]
+        return _unpacked(flat, four_bit.shape[1], places).numpy().tobytes()
     chosen = flat[::step][:most].cpu()
     if chosen.is_floating_point():
         rounded = chosen.to(torch.bfloat16)
@@ -70,6 +79,21 @@ def _sample(weight: Tensor, most: int = _WEIGHTS) -> bytes:
         rounded = torch.where(rounded.abs() < 2**-16, 0, rounded)
         return rounded.view(torch.int16).numpy().tobytes()
     return chosen.numpy().tobytes()
+
+
+def _unpacked(packed: Tensor, width: int, places: Tensor) -> Tensor:
+    """Bytes of a 4-bit weight [rows, width] as they were loaded.
+
+    On a CPU with bfloat16 products bitsandbytes packs them anew when a layer first runs: of 32 rows
+    and two columns, which are 64 numbers, the second half lies above the first
+    (`bitsandbytes.functional._convert_weight_packed_for_cpu`).
+    """
+    numbers = torch.stack([2 * places, 2 * places + 1])
+    rows, columns = numbers // width, numbers % width
+    place = rows % 32 * 2 + columns % 2
+    held = packed[(rows // 32 * (width // 2) + columns // 2) * 32 + place % 32]
+    high, low = torch.where(place < 32, held & 15, held >> 4)
+    return high << 4 | low
 
 
 def _on_hand(module: nn.Module, name: str, parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lapefast.errors import InputError
 
 if TYPE_CHECKING:
     from lapefast.models.placed import SiteState, SiteStatistics
+    from lapefast.models.routing import Rows
 
 
 def prove(
@@ -67,7 +68,7 @@ class MixtureProof:
         state: SiteState,
         module: nn.Module,
         given: tuple[Tensor, ...],
-        rows: Sequence[tuple[Tensor, Tensor]],
+        rows: Sequence[Rows],
     ) -> None:
         self._state, self._class = state, type(module).__name__
         statistics = state.statistics
@@ -78,12 +79,12 @@ class MixtureProof:
 
         def see(activation: Tensor) -> Tensor:
             flat = activation.reshape(-1, activation.shape[-1])
-            if len(seen) == len(rows) or flat.shape != (len(rows[len(seen)][0]), state.width):
+            if len(seen) == len(rows) or flat.shape != (len(rows[len(seen)].tokens), state.width):
                 raise InputError(
                     f"{state.name} applied its gate to rows {list(activation.shape)} that were not "
                     "routed so"
                 )
-            state.routing.route(*rows[len(seen)])
+            state.routing.route(rows[len(seen)])
             seen.append(activation)
             edited = _edited(state, activation)
             if self._counted is not None:
@@ -113,7 +114,7 @@ def _check_owners(
     state: SiteState,
     module: nn.Module,
     given: tuple[Tensor, ...],
-    rows: Sequence[tuple[Tensor, Tensor]],
+    rows: Sequence[Rows],
     seen: list[Tensor],
 ) -> None:
     """Each row must be nearest to what its token gives at its expert, run alone.
@@ -133,7 +134,8 @@ def _check_owners(
             routed = [one[:, rank : rank + 1] for one in routed]
             _watched(state, module, (hidden, *routed), lambda own: alone.append(own) or own)
     expected = torch.cat(alone).double()
-    experts, tokens = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    experts = torch.cat([one.experts for one in rows])
+    tokens = torch.cat([one.tokens for one in rows])
     is_one = (tokens[:, None] == some.repeat_interleave(chosen.shape[1])) & (
         experts[:, None] == chosen[some].reshape(-1)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,39 +25,65 @@ if TYPE_CHECKING:
 
 __all__ = ["Routing"]
 
-Rows = tuple[Tensor, Tensor]
-"""Expert and token of each row, int64 [rows]."""
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that the gate is applied to at once.
+
+    Attributes:
+        experts: whose rows they are, integers [rows].
+        tokens: of what, integers [rows].
+        routed: the expert, or -1 where the row is computed and not routed to it: the router's
+            weight, or what it multiplies, is 0. So ZAYA has a token pass by the experts.
+    """
+
+    experts: Tensor
+    tokens: Tensor
+    routed: Tensor
 
 
-def _by_expert(chosen: Tensor, experts: int) -> list[Rows]:
+def _by_expert(chosen: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
     """One call per expert that any token chose; rows by rank of the choice, then by token."""
     ordered, order = chosen.T.reshape(-1).sort(stable=True)
     sizes = torch.bincount(ordered, minlength=experts).tolist()
-    tokens = order % len(chosen)
-    pairs = zip(ordered.split(sizes), tokens.split(sizes), strict=True)
+    tokens, ranks = order % len(chosen), order // len(chosen)
+    places = tokens * chosen.shape[1] + ranks
+    pairs = zip(ordered.split(sizes), places.split(sizes), strict=True)
     return [pair for pair in pairs if len(pair[0])]
 
 
-def _by_token(chosen: Tensor, experts: int) -> list[Rows]:
+def _by_token(chosen: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
     """One call; rows by token, then by rank."""
-    tokens = torch.arange(chosen.numel(), device=chosen.device) // chosen.shape[1]
-    return [(chosen.reshape(-1), tokens)]
+    return [(chosen.reshape(-1), torch.arange(chosen.numel(), device=chosen.device))]
 
 
-def _sorted(chosen: Tensor, experts: int) -> list[Rows]:
+def _sorted(chosen: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
     """One call; rows by expert, ties as the same sort of the same choices leaves them."""
-    ordered, order = chosen.reshape(-1).sort()
-    return [(ordered, order // chosen.shape[1])]
+    return [chosen.reshape(-1).sort()]
 
 
 def _in_blocks(hidden: Tensor, experts: int) -> list[Rows]:
-    """One call; each expert's rows of all tokens, where expert -1 marks what is not routed."""
+    """One call; each expert's rows of all tokens."""
     rows = torch.arange(len(hidden), device=hidden.device)
     tokens = len(hidden) // experts
-    return [(torch.where((hidden != 0).any(dim=-1), rows // tokens, -1), rows % tokens)]
+    owners = rows // tokens
+    routed = torch.where((hidden != 0).any(dim=-1), owners, -1)
+    return [Rows(owners, rows % tokens, routed)]
 
 
-_ORDERS: dict[str, Callable[[Tensor, int], list[Rows]]] = {
+def _chosen(order: Order, chosen: Tensor, weights: Tensor, experts: int) -> list[Rows]:
+    """The rows of what the router chose, [tokens, ranks], with its weights of that shape."""
+    taken = (weights != 0).reshape(-1)
+    return [
+        Rows(owners, places // chosen.shape[1], torch.where(taken[places], owners, -1))
+        for owners, places in order(chosen, experts)
+    ]
+
+
+Order = Callable[[Tensor, int], list[tuple[Tensor, Tensor]]]
+"""``(chosen, experts)`` -> for each call, its rows' experts and places in ``chosen``, flat."""
+
+_ORDERS: dict[str, Order] = {
     "eager": _by_expert,
     "batched_mm": _by_token,
     "grouped_mm": _sorted,
@@ -119,16 +146,16 @@ class Routing:
         """Before the gate is applied: let the ops know whose rows come next, and count them."""
         if not self._coming:
             raise InputError(f"{self._state.name} applied its gate to rows that were not routed")
-        self.route(*self._coming.pop(0))
+        self.route(self._coming.pop(0))
         self._state.count_routed()
 
-    def route(self, experts: Tensor, tokens: Tensor) -> None:
+    def route(self, rows: Rows) -> None:
         """Let the ops know each row's expert and token."""
         statistics, edits = self._state.statistics, self._state.edits
         if statistics is not None:
-            statistics.groups.route(experts, tokens)
+            statistics.groups.route(rows.routed, rows.tokens)
         if edits is not None:
-            edits.sets.route(experts, tokens)
+            edits.sets.route(rows.routed, rows.tokens)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state, self._proof = self._state, None
@@ -141,7 +168,7 @@ class Routing:
             rows = _in_blocks(given[0], self._count)
         else:
             self._check_tokens(len(given[1]))
-            rows = _ORDERS[name](given[1], self._count)
+            rows = _chosen(_ORDERS[name], *given[1:3], self._count)
         if state.probe is None:
             self.implementations.add(name)
         if name not in self._proven and not torch.compiler.is_compiling():

@@ -139,8 +139,9 @@ def _outermost(found: list[FFN]) -> list[FFN]:
     """
     dense = [ffn.site.name for ffn in found if not ffn.site.experts]
     outer = tuple(f"{name}." for name in dense if name)
-    blocks = [ffn.site.name.rpartition(".")[0] for ffn in found if ffn.site.experts]
-    routers = tuple(f"{block}.{router}." for block in blocks for router in _ROUTERS)
+    mixtures = [ffn.site.name for ffn in found if ffn.site.experts]
+    blocks = [name[: name.rfind(".") + 1] for name in mixtures]
+    routers = tuple(f"{block}{router}." for block in blocks for router in _ROUTERS)
     inner = {name for name in dense if name.startswith(outer) or f"{name}.".startswith(routers)}
     if inner:
         _log.info("Inside other FFNs or routers, so no sites of their own: %s", sorted(inner))

@@ -21,14 +21,11 @@ def rank_rows(scores: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.n
     scores by the native library without the interpreter's lock.
 
     Args:
-        scores: float32 or float64 [rows, width]; no NaN.
+        scores: float32 or float64 [rows, width]; a NaN, which is not looked for, has no place.
         classes: int32 [width].
 
     Returns:
         int32 and bool [rows, width].
-
-    Raises:
-        InputError: from the native library, which computed nothing then, for others.
     """
     # As torch's tensors can share them; a memory map may be read-only.
     scores, classes = (np.require(given, requirements="CAW") for given in (scores, classes))

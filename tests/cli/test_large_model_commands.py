@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -20,7 +21,24 @@ DISK = dict.fromkeys(PARTS, "cpu") | {"model.layers.0": "disk", "model.layers.1"
 def command(made):
     """The arguments of a profile of the tiny model, and where its output goes."""
     corpora = [f"--corpus={label}={made.train[label]}" for label in LABELS]
-    return lambda path, *options: ["profile", made.directory, *corpora, *RUN, *options, "-o", path]
+
+    def arguments(path, *options, model=made.directory):
+        return ["profile", model, *corpora, *RUN, *options, "-o", path]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def wide(made, tmp_path_factory):
+    """A model of layers as wide as bitsandbytes' blocks, with the tokenizer of the tiny one."""
+    path = tmp_path_factory.mktemp("wide")
+    config = copy.deepcopy(made.model.config)
+    config.update({"hidden_size": 64, "head_dim": 32, "intermediate_size": 128})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        type(made.model)(config).save_pretrained(path)
+    made.tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -43,13 +61,16 @@ def test_a_device_map_changes_no_bit(lapefast, command, expected, tmp_path, devi
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_model_is_profiled(lapefast, command, expected, tmp_path, bits):
+def test_a_quantised_model_is_profiled(lapefast, command, wide, tmp_path, bits):
     pytest.importorskip(
         "bitsandbytes", reason="bitsandbytes is not installed; the extra test lifts it"
     )
-    path = tmp_path / "p.safetensors"
-    assert lapefast(*command(path, "--device", "cpu", "--quantization", bits)).code == 0
-    found = lf.Profile.load(path)
+    profiles = []
+    for options in ([], ["--quantization", bits]):
+        path = tmp_path / f"{len(options)}.safetensors"
+        assert lapefast(*command(path, "--device", "cpu", *options, model=wide)).code == 0
+        profiles.append(lf.Profile.load(path))
+    expected, found = profiles
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.site_info == expected.site_info
     assert found.fingerprint != expected.fingerprint

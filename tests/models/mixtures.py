@@ -157,12 +157,12 @@ class Call:
     Attributes:
         activations: one tensor [rows, width] for every time that the gate was applied.
         owners: (expert, token) of each of their rows.
-        chosen: int64 [tokens, ranks].
+        routed: (expert, token) whose weight is not 0.
     """
 
     activations: list[Tensor]
     owners: list[list[tuple[int, int]]]
-    chosen: Tensor
+    routed: set[tuple[int, int]]
 
 
 Change = Callable[[str, Tensor, list[tuple[int, int]]], Tensor]
@@ -193,12 +193,15 @@ def _watch(site: str, experts: nn.Module, calls: list[Call], change: Change | No
     rows: dict[tuple[int, int], Tensor] = {}
 
     def before(module: nn.Module, args: tuple) -> None:
-        hidden, chosen, _ = args
+        hidden, chosen, weights = args
         rows.clear()
+        routed = set()
         for token, ranked in enumerate(chosen.tolist()):
-            for expert in ranked:
+            for expert, weight in zip(ranked, weights[token].tolist(), strict=True):
                 rows[expert, token] = _gate(experts, hidden[token], expert)
-        calls.append(Call([], [], chosen))
+                if weight != 0:
+                    routed.add((expert, token))
+        calls.append(Call([], [], routed))
 
     def seen(gate: Tensor, activation: Tensor) -> Tensor:
         owners = [_owner(row, rows) for row in gate]
@@ -261,14 +264,14 @@ def _owner(gate: Tensor, rows: Mapping[tuple[int, int], Tensor]) -> tuple[int, i
 
 
 def counts(calls: list[Call], groups: Tensor, labels: int, experts: int, threshold: float = 0.0):
-    """Active rows, int64 [labels, experts, width], and all, [labels, experts], one by one."""
+    """Active rows that were routed, int64 [labels, experts, width], and all, [labels, experts]."""
     groups = groups.flatten().tolist()
     active = torch.zeros(labels, experts, WIDTH, dtype=torch.int64)
     routed = torch.zeros(labels, experts, dtype=torch.int64)
     for call in calls:
         for activation, owners in zip(call.activations, call.owners, strict=True):
             for row, (expert, token) in zip(activation, owners, strict=True):
-                if groups[token] >= 0:
+                if groups[token] >= 0 and (expert, token) in call.routed:
                     limit = torch.tensor(threshold, dtype=torch.float32)
                     active[groups[token], expert] += row.float() > limit
                     routed[groups[token], expert] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import plain
@@ -15,11 +16,14 @@ from lapefast import models
 from lapefast.engines.transformers import Checkpoint, load_model
 from lapefast.errors import InputError
 from lapefast.models.bare import unwrap
+from lapefast.models.fingerprint import _sample, _unpacked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROWS = torch.arange(10 * 12).reshape(10, 12) * 29 % (VOCABULARY - 10) + 5
 CORPORA = {"en": ROWS[:6], "zh": ROWS[6:]}
+# bitsandbytes' blocks are of 64 weights, and of 32 rows where a CPU has bfloat16 products.
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
 LAYERS = dict.fromkeys(("model.layers.0", "model.layers.1"), "disk")
 AROUND = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
 MAPS = {
@@ -40,7 +44,9 @@ def saved(tmp_path_factory):
 
     def save(name):
         path = tmp_path_factory.mktemp(name)
-        by_name(name).build().save_pretrained(path)
+        family = by_name(name)
+        options = {**family.options, **WIDE}
+        dataclasses.replace(family, options=options).build().save_pretrained(path)
         return Checkpoint(str(path))
 
     held = {}
@@ -127,6 +133,24 @@ def test_a_quantised_models_counts_are_of_what_it_computes(saved, name, bits, dt
     assert profile.metadata["dtype"] == dtype
     assert profile.fingerprint == print_before == models.fingerprint(model)
     assert profile.site_info == models.find_sites(load_model(saved(name), dtype, "cpu"))
+
+
+def test_a_4bit_weight_that_bitsandbytes_packed_for_a_cpu_is_known_by_the_bytes_it_had():
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed; the extra test lifts it"
+    )
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    loaded, state = functional.quantize_4bit(weight, quant_type="nf4")
+    before = loaded.clone().reshape(-1)
+    packed, state = functional._convert_weight_packed_for_cpu(loaded, state)
+    assert not torch.equal(packed.reshape(-1), before)
+    places = torch.arange(len(before))
+    assert torch.equal(_unpacked(packed.reshape(-1), 128, places), before)
+    parameter = torch.nn.Parameter(packed, requires_grad=False)
+    parameter.quant_state = state
+    layer = torch.nn.Module()
+    sampled = _sample(layer, "weight", parameter, 100)
+    assert sampled == before[:: len(before) // 100][:100].numpy().tobytes()
 
 
 def test_a_quantised_model_is_another_model(saved, bits):

@@ -80,11 +80,38 @@ def test_outputs_counts_and_routed_tokens_equal_those_of_a_plain_loop(
         active, routed = mixtures.counts(seen, GROUPS, 2, mixture.experts)
         assert torch.equal(profile.counts[site], active)
         assert torch.equal(profile.routed[site], routed)
-        ranks = seen[0].chosen.shape[1]
+        ranks = len(seen[0].routed) // GROUPS.numel()
         tokens = [int((GROUPS == label).sum()) for label in range(2)]
         assert routed.sum(1).tolist() == [ranks * number for number in tokens]
+        assert ranks > 0
     plain.assert_untouched(before, model)
     assert plain.same(model(IDS, attention_mask=MASK), expected)
+
+
+@torch.no_grad()
+def test_tokens_that_pass_by_the_experts_are_routed_to_none(implementation):
+    """transformers computes them at the first expert, with weight 0."""
+    model = by_name("ZayaForCausalLM").build(torch.float32, implementation)
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    with mixtures.watched(model) as calls:
+        model(IDS)
+        # So that of the second layer's tokens some choose the skip and some do not.
+        first.gate.balancing_biases[-1], second.gate.balancing_biases[-1] = 1.0, 0.0
+        for seen in calls.values():
+            seen.clear()
+        expected = model(IDS)
+    with lf.record(model, LABELS) as recorder:
+        recorder.set(groups=GROUPS)
+        assert plain.same(model(IDS), expected)
+    profile = recorder.profile()
+    assert not profile.routed["layers.0.mlp.experts"].any()
+    assert not profile.counts["layers.0.mlp.experts"].any()
+    for site, seen in calls.items():
+        active, routed = mixtures.counts(seen, GROUPS, 2, 4)
+        assert torch.equal(profile.counts[site], active)
+        assert torch.equal(profile.routed[site], routed)
+    some = len(calls["layers.1.mlp.experts"][0].routed)
+    assert 0 < some < IDS.numel()
 
 
 @torch.no_grad()

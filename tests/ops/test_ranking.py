@@ -75,6 +75,7 @@ def test_what_is_read_only_or_lies_by_column_is_ranked_and_left_alone(ranks):
         (0, torch.zeros(3, 8)[:, ::2]),
         (0, torch.zeros(1, 4).expand(3, 4)),
         (0, torch.zeros(3, 5)),
+        (0, torch.zeros(0, 2**32)),
         (1, torch.zeros(3, dtype=torch.int32)),
         (1, torch.zeros(4, dtype=torch.int64)),
         (2, torch.zeros(2, 4, dtype=torch.int32)),
