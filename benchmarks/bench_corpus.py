@@ -154,10 +154,7 @@ def test_weak_scaling(benchmark, report, quick):
 def _tokens_per_second(processes: int, quick: bool) -> float:
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     arguments = ("--nproc-per-node", str(processes), str(_HERE / "weak_scaling.py"))
-    printed = subprocess.run(
-        [*launch, *arguments, *(["--quick"] if quick else [])],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return json.loads(printed)
+    command = [*launch, *arguments, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

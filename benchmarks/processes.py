@@ -15,5 +15,7 @@ with open("/proc/self/status") as status:
 def run_alone(script: str, *arguments: object) -> tuple[list[float], int]:
     """The numbers that ``script`` prints, and the most memory that its process held, in bytes."""
     command = [sys.executable, "-c", script + _PEAK, *map(str, arguments)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.split()
     return [float(number) for number in printed[:-1]], 1024 * int(printed[-1])
