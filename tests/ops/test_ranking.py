@@ -10,7 +10,10 @@ from lapefast.errors import InputError
 from lapefast.ops.backends import native
 from lapefast.ops.ranking import rank_rows
 
-needs_library = pytest.mark.skipif(native.library is None, reason="no native library is here")
+needs_library = pytest.mark.skipif(
+    native.library is None,
+    reason="no native library is here; installing with a C++ compiler at hand lifts it",
+)
 
 
 @pytest.fixture(params=[pytest.param("the library", marks=needs_library), "NumPy"])
