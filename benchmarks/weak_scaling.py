@@ -5,11 +5,11 @@ The first prints the tokens per second of all, from when the last was ready to w
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
 import torch
+import torch._dynamo  # before there is a group, which it would keep: see lapefast/cli/processes.py
 import torch.distributed as dist
 from models import SHAPES, TINY, build
 
@@ -38,9 +38,6 @@ def main(quick: bool) -> None:
         print(ids.numel() / seconds, flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    # On a busy machine C++ that outlives the interpreter sometimes aborts while a process ends
-    # ("terminate called without an active exception"), and torchrun calls the run failed.
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ def process_group() -> Iterator[ProcessGroup | None]:
     import torch
     import torch.distributed as dist
 
+    # What of torch is first imported while a default group exists can keep that group, as default
+    # arguments do. Its threads then outlive the interpreter, and one that still has a tensor of
+    # Python's to let go aborts the process (seen with torch 2.13 and gloo).
+    import torch._dynamo
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The first one may fill the token cache while the others wait.
