@@ -56,6 +56,38 @@ void edit_touches_only_what_its_tables_name(const Engine<Call>& engine) {
   }
 }
 
+// Set 0 edits every neuron, set 1 runs of neighbours and what stands alone, set 2 every third.
+void each_edited_neuron_has_its_own_edit(const Engine<Call>& engine) {
+  const auto edited = [](std::int64_t set, std::int64_t column) {
+    return set == 0 || (set == 1 && column % 101 > 20) || (set == 2 && column % 3 == 1);
+  };
+  // Products that are exact, so that a fused operation gives the same.
+  const float scales[] = {0.5f, 0.0f, -1.0f, 2.0f, 4.0f}, shifts[] = {0.0f, 3.0f, -0.75f};
+  for (const std::int64_t width : {31, 32, 200, 2100}) {
+    Matrix gate(4, width, width, 1), up(4, width, width, 2), product(4, width, width, 3);
+    Edits edits{{2, 0, 1, -1}, {0}, {}, {}, {}};
+    for (std::int64_t set = 0; set < 3; ++set) {
+      for (std::int64_t column = 0; column < width; ++column)
+        if (edited(set, column)) {
+          edits.neurons.push_back(static_cast<std::int32_t>(column));
+          edits.scale.push_back(scales[(column + set) % 5]);
+          edits.shift.push_back(shifts[column % 3]);
+        }
+      edits.offsets.push_back(static_cast<std::int32_t>(edits.neurons.size()));
+    }
+    engine.run(edits.of(Activation::identity, gate, &up, product));
+    for (std::int64_t row = 0; row < 4; ++row)
+      for (std::int64_t column = 0; column < width; ++column) {
+        float active = widen(gate.at(row, column));
+        const std::int32_t set = edits.sets[row];
+        if (set >= 0 && edited(set, column))
+          active = widen(narrow(active * scales[(column + set) % 5] + shifts[column % 3]));
+        const std::uint16_t made = narrow(active * widen(up.at(row, column)));
+        CHECK(product.at(row, column) == made, engine.name + " width " + std::to_string(width));
+      }
+  }
+}
+
 // In any set, also one that no row has.
 void bad_tables_are_refused_when_they_are_checked(const std::string& isa) {
   using Table = std::vector<std::int32_t>;
@@ -110,16 +142,20 @@ void tables_of_nonsense_are_survived_on_a_gpu() {
 
 int main() {
   with_each_isa([](const std::string& isa) {
-    edit_touches_only_what_its_tables_name(
-        {isa, [](const auto& call) { lapefast::edit(call, 1); }});
-    edit_touches_only_what_its_tables_name({isa + ", checked", [](const auto& call) {
-                                              lapefast::check_tables(call);
-                                              lapefast::edit_checked(call, 1);
-                                            }});
+    const Engine<Call> plain{isa, [](const auto& call) { lapefast::edit(call, 1); }};
+    const Engine<Call> checked{isa + ", checked", [](const auto& call) {
+                                 lapefast::check_tables(call);
+                                 lapefast::edit_checked(call, 1);
+                               }};
+    for (const Engine<Call>& engine : {plain, checked}) {
+      edit_touches_only_what_its_tables_name(engine);
+      each_edited_neuron_has_its_own_edit(engine);
+    }
     bad_tables_are_refused_when_they_are_checked(isa);
   });
 #ifdef LAPEFAST_CUDA_ON_CPU
   edit_touches_only_what_its_tables_name(gpu);
+  each_edited_neuron_has_its_own_edit(gpu);
   tables_of_nonsense_are_survived_on_a_gpu();
 #endif
   return checks::failures ? 1 : 0;

@@ -164,7 +164,7 @@ def edits_for(width: int) -> Edits:
         [
             [(neuron, 0.0, 0.0) for neuron in some],
             [],
-            [(neuron, 1.5, -0.25) for neuron in range(width)],
+            [(neuron, 1.5 - neuron % 7 / 4, neuron % 5 / 8 - 0.25) for neuron in range(width)],
             [(width // 2, 0.0, 3.3)],
         ]
     )
