@@ -21,12 +21,12 @@ def process_group() -> Iterator[ProcessGroup | None]:
         yield None
         return
     import torch
-    import torch.distributed as dist
 
     # What of torch is first imported while a default group exists can keep that group, as default
     # arguments do. Its threads then outlive the interpreter, and one that still has a tensor of
     # Python's to let go aborts the process (seen with torch 2.13 and gloo).
     import torch._dynamo
+    import torch.distributed as dist
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

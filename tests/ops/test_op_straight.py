@@ -7,7 +7,16 @@ import pickle
 
 import pytest
 import torch
-from op_cases import DTYPES, LAYOUTS, STATISTICS, Tally, row_groups, run_profile
+from op_cases import (
+    DTYPES,
+    LAYOUTS,
+    STATISTICS,
+    Tally,
+    edits_for,
+    row_groups,
+    run_profile,
+    values,
+)
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -343,6 +352,20 @@ def test_an_activation_is_edited_where_it_lies(dtype, strided, device, backend):
         assert straight_edit_(activation, *tables, backend=backend)
     assert torch.equal(activation, expected)
     assert torch.equal(other, untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_neighbours_are_edited_where_they_lie(dtype, device, backend):
+    activation = values(5, 200, dtype=dtype).to(device)
+    sets, *tables = (
+        table.to(device)
+        for table in (torch.tensor([2, -1, 0, 2, 3], dtype=torch.int32), *edits_for(200).tables())
+    )
+    flags = torch.zeros(2, dtype=torch.int64, device=device)
+    expected = ops.edit(activation, None, "identity", sets, *tables, flags, backend="reference")
+    with torch.no_grad():
+        assert EditTables(*tables, flags, 200, backend).edit_(activation, sets)
+    assert torch.equal(activation, expected)
 
 
 def test_an_activation_that_somebody_else_must_see_stays_as_it_was(device, backend):
