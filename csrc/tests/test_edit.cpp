@@ -56,8 +56,7 @@ void edit_touches_only_what_its_tables_name(const Engine<Call>& engine) {
   }
 }
 
-// Set 0 edits every neuron, set 1 runs of neighbours and some that stand alone, set 2
-// every third.
+// Set 0 edits every neuron, set 1 runs of neighbours and some that stand alone, set 2 every third.
 void each_edited_neuron_has_its_own_edit(const Engine<Call>& engine) {
   const auto edited = [](std::int64_t set, std::int64_t column) {
     const bool in_run = column % 101 > 20, alone = column % 101 == 7;

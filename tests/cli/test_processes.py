@@ -26,7 +26,9 @@ print("left:", threads())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc, which Linux has")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="counts threads in /proc; running it on Linux lifts it"
+)
 def test_no_thread_of_the_group_outlives_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # each process would want a GPU of its own
     script = tmp_path / "group.py"
