@@ -38,19 +38,30 @@ def separate(ffns: list[FFN]) -> tuple[list[FFN], list[ActivationCopy]]:
     Raises:
         InputError: a module that is shared can't be copied.
     """
-    users = Counter(ffn.activation for ffn in ffns)
-    separated, copies = [], []
-    for ffn in ffns:
+    users = Counter(one.activation for ffn in ffns for one in _each(ffn))
+    copies: list[ActivationCopy] = []
+
+    def apart(ffn: FFN) -> FFN:
         # What a forward calls as a function is held by no FFN, and needs no copy.
         held = _held(ffn) if users[ffn.activation] > 1 else None
-        if held is not None:
-            made = ActivationCopy(*held, ffn.activation, _copied(ffn))
-            copies.append(made)
-            ffn = replace(ffn, activation=made.copied)
-        separated.append(ffn)
+        if held is None:
+            return ffn
+        copies.append(ActivationCopy(*held, ffn.activation, _copied(ffn)))
+        return replace(ffn, activation=copies[-1].copied)
+
+    separated = []
+    for ffn in ffns:
+        own = tuple(map(apart, _each(ffn)))
+        listed = ffn.listed and replace(ffn.listed, experts=own)
+        separated.append(replace(ffn, activation=own[0].activation, listed=listed))
     for made in copies:
         made.holder._modules[made.name] = made.copied
     return separated, copies
+
+
+def _each(ffn: FFN) -> tuple[FFN, ...]:
+    """The FFN, or those of its experts that are modules of their own."""
+    return ffn.listed.experts if ffn.listed else (ffn,)
 
 
 def _copied(ffn: FFN) -> nn.Module:

@@ -29,6 +29,9 @@ def fingerprint(model: nn.Module) -> str:
         site = ffn.site
         width = "x".join(map(str, site.shape))
         digest.update(f"{site.name}|{width}|{site.activation}\n".encode())
+        if ffn.listed is not None:
+            _digest_listed(digest, [expert.last for expert in ffn.listed.experts])
+            continue
         for name, parameter in ffn.last.named_parameters():
             if site.experts and not name.startswith("down_proj"):
                 continue
@@ -62,6 +65,24 @@ def weights_digest(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
+def _digest_listed(digest: hashlib._Hash, lasts: list[nn.Module]) -> None:
+    """Take the last projections of experts as the one tensor that transformers 5 stacks them to."""
+    for name, first in lasts[0].named_parameters():
+        own = name.removeprefix("base_layer.").lstrip("_")
+        digest.update(own.replace("weight", "down_proj").encode())
+        size, parameters = first.numel(), [last.get_parameter(name) for last in lasts]
+        if not first.is_floating_point():
+            for last, parameter in zip(lasts, parameters, strict=True):
+                digest.update(_sample(last, name, parameter, max(_WEIGHTS // len(lasts), 1)))
+            continue
+        step = max(len(lasts) * size // _WEIGHTS, 1)
+        chosen = torch.arange(0, len(lasts) * size, step)[:_WEIGHTS]
+        for number, last in enumerate(lasts):
+            weight = _on_hand(last, name, parameters[number]).detach().reshape(-1)
+            places = chosen[chosen // size == number] % size
+            digest.update(_rounded(weight[places.to(weight.device)].cpu()))
+
+
 def _sample(module: nn.Module, name: str, parameter: Tensor, most: int = _WEIGHTS) -> bytes:
     weight = _on_hand(module, name, parameter)
     four_bit = getattr(parameter, "quant_state", None)
@@ -73,12 +94,14 @@ def _sample(module: nn.Module, name: str, parameter: Tensor, most: int = _WEIGHT
         places = torch.arange(0, flat.numel(), step)[:most]
         return _unpacked(flat, four_bit.shape[1], places).numpy().tobytes()
     chosen = flat[::step][:most].cpu()
-    if chosen.is_floating_point():
-        rounded = chosen.to(torch.bfloat16)
-        # float16 holds every bfloat16 from here on, but not the smaller ones.
-        rounded = torch.where(rounded.abs() < 2**-16, 0, rounded)
-        return rounded.view(torch.int16).numpy().tobytes()
-    return chosen.numpy().tobytes()
+    return _rounded(chosen) if chosen.is_floating_point() else chosen.numpy().tobytes()
+
+
+def _rounded(weights: Tensor) -> bytes:
+    rounded = weights.to(torch.bfloat16)
+    # float16 holds every bfloat16 from here on, but not the smaller ones.
+    rounded = torch.where(rounded.abs() < 2**-16, 0, rounded)
+    return rounded.view(torch.int16).numpy().tobytes()
 
 
 def _unpacked(packed: Tensor, width: int, places: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lapefast.errors import InputError
 from lapefast.models.activations import fused_dtypes
 from lapefast.models.columns import Columns
 from lapefast.models.forwards import clamped_gate
+from lapefast.models.listed import ListedRouting
 from lapefast.models.proof import prove
 from lapefast.models.routing import Routing
 from lapefast.models.rows import RowIndex
@@ -92,7 +93,7 @@ class SiteEdits:
 class SiteState:
     """What is placed at one site: a recorder's statistics, a steering's edits, or both."""
 
-    def __init__(self, ffn: FFN, replaced: Replaced, columns: Columns | None = None) -> None:
+    def __init__(self, ffn: FFN, replaced: Replaced | None, columns: Columns | None = None) -> None:
         self.name = ffn.site.name
         self.columns = columns  # this process's neurons, where they are split over several
         self.width = ffn.site.width if columns is None else columns.stop - columns.start
@@ -100,7 +101,7 @@ class SiteState:
         self.gate = None
         if ffn.activation is ffn.owner:
             self.gate = clamped_gate(ffn.owner, dense=not ffn.site.experts)
-        self.replaced = replaced
+        self.replaced = replaced  # None where only its experts' own are
         self.statistics: SiteStatistics | None = None
         self.edits: SiteEdits | None = None
         self.proven = False
@@ -111,12 +112,18 @@ class SiteState:
         self.fused: frozenset[torch.dtype] = frozenset()
         self.left = False  # whether a placement that ended could not take this out
         self.foreign = False  # whether somebody else replaced the activation's forward
-        self.routing: Routing | None = None  # in a mixture: says whose rows come
+        self.routing: Routing | ListedRouting | None = None  # in a mixture: says whose rows come
+        self.experts: list[SiteState] = []  # of experts that are modules of their own
 
     @property
     def active(self) -> bool:
         """Whether anything is placed here; without it the module's own forward runs."""
         return self.statistics is not None or self.edits is not None
+
+    def share(self) -> None:
+        """Let experts that are modules of their own add to, and be edited by, what is here."""
+        for one in self.experts:
+            one.statistics, one.edits = self.statistics, self.edits
 
     def choose_kernel(self, activation: nn.Module, device: torch.device) -> None:
         """Decide, for what is placed now, in which dtypes the kernel computes the activation."""
@@ -139,7 +146,7 @@ class SiteState:
     def original(self, module: nn.Module) -> Any:
         """The forward, or method, that was there before."""
         before = self.replaced.before
-        return before or getattr(type(module), self.replaced.attribute).__get__(module)
+        return before or functools.partial(getattr(type(module), self.replaced.attribute), module)
 
     def product(self, activation: nn.Module, gate: Tensor, up: Tensor, writable: bool) -> Tensor:
         """`activation(gate) * up`, counted and edited."""
@@ -161,6 +168,13 @@ class SiteState:
             _profile(ops.profile_, gate, up, kernel, statistics)
             return gate
         return _profile(ops.profile, gate, up, kernel, statistics)
+
+    def route(self, experts: Tensor, tokens: Tensor) -> None:
+        """Let a mixture's ops know each coming row's expert (-1: none) and token, [rows]."""
+        if self.statistics is not None:
+            self.statistics.groups.route(experts, tokens)
+        if self.edits is not None:
+            self.edits.sets.route(experts, tokens)
 
     def count_routed(self) -> None:
         """Count the rows that come, by their group."""

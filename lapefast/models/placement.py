@@ -18,6 +18,7 @@ from lapefast.models.bare import bare_model, evaluating
 from lapefast.models.columns import find_columns
 from lapefast.models.copies import separate
 from lapefast.models.inputs import forward_inputs, probe_ids
+from lapefast.models.listed import ListedRouting
 from lapefast.models.placed import (
     SiteState,
     activation_forward,
@@ -78,12 +79,11 @@ class Placement:
     def fill(self, set_role: Callable[[FFN, SiteState], None]) -> None:
         """Let ``set_role`` put its statistics or edits into every site's state."""
         for ffn in self.ffns:
-            state = self.states[ffn.site.name]
-            set_role(ffn, state)
-            state.choose_kernel(ffn.activation, device_of(ffn))
-            state.proven = not state.active
-            if state.routing is not None:
-                state.routing.restart()
+            set_role(ffn, self.states[ffn.site.name])
+            for state in self._chosen(ffn):
+                state.proven = not state.active
+                if state.routing is not None:
+                    state.routing.restart()
 
     def release(self, role: str, attribute: str, holder: object) -> None:
         """Take a role out, if ``holder`` has it; with the last one, put back every forward.
@@ -95,11 +95,19 @@ class Placement:
             return
         del self.roles[role]
         for ffn in self.ffns:
-            state = self.states[ffn.site.name]
-            setattr(state, attribute, None)
-            state.choose_kernel(ffn.activation, device_of(ffn))
+            setattr(self.states[ffn.site.name], attribute, None)
+            self._chosen(ffn)
         if not self.roles:
             self._restore()
+
+    def _chosen(self, ffn: FFN) -> list[SiteState]:
+        """A site's state and its experts' own, with their kernels chosen for what is placed now."""
+        state, experts = self.states[ffn.site.name], ffn.listed.experts if ffn.listed else ()
+        state.share()
+        states = [state, *state.experts]
+        for one, of in zip(states, (ffn, *experts), strict=True):
+            one.choose_kernel(of.activation, device_of(of))
+        return states
 
     def prove(self) -> None:
         """Run a few tokens through the model, which proves each site that they reach.
@@ -139,8 +147,10 @@ class Placement:
                 state.fired, state.probe = 0, shape
                 if state.statistics is not None:
                     state.statistics = state.statistics.scratch(group)
+                    state.share()
                 note = functools.partial(_note, order, ffn.site.name)
-                hooks.append(ffn.owner.register_forward_pre_hook(note))
+                runs = ffn.listed.block if ffn.listed else ffn.owner
+                hooks.append(runs.register_forward_pre_hook(note))
             with evaluating(self.bare), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield order
         finally:
@@ -149,6 +159,7 @@ class Placement:
                 hook.remove()
             for name, state in self.states.items():
                 state.statistics, state.probe = held[name], None
+                state.share()
 
     def _check_fired(self, order: list[str]) -> None:
         active = {name: state for name, state in self.states.items() if state.active}
@@ -192,6 +203,17 @@ class Placement:
         return (quantised and self.states[ffn.site.name].dtype) or dtype_of(ffn)
 
     def _place(self, ffn: FFN) -> None:
+        name = ffn.site.name
+        if ffn.listed is None:
+            state = self.states[name] = self._placed_at(ffn)
+            if ffn.site.experts:
+                state.routing = Routing(ffn.owner, state, ffn.site.experts)
+            return
+        state = self.states[name] = SiteState(ffn, None)
+        state.experts = [self._placed_at(expert) for expert in ffn.listed.experts]
+        state.routing = ListedRouting(ffn.listed, state)
+
+    def _placed_at(self, ffn: FFN) -> SiteState:
         for module in (ffn.owner, ffn.activation):
             _clear_left(module)
             if SITE in module.__dict__:
@@ -222,22 +244,20 @@ class Placement:
         replaced = Replaced(
             attribute, target.__dict__.get(attribute), types.MethodType(forward, target)
         )
-        state = self.states[ffn.site.name] = SiteState(
-            ffn, replaced, self._columns.get(ffn.site.name)
-        )
+        state = SiteState(ffn, replaced, self._columns.get(ffn.site.name))
         state.foreign = foreign
         self._placed.append((target, state))
         leave(target, SITE, state)
         target.__dict__[attribute] = replaced.placed
-        if ffn.site.experts:
-            state.routing = Routing(ffn.owner, state, ffn.site.experts)
+        return state
 
     def _restore(self) -> None:
         clear(self.bare, PLACEMENT)
         covered, left = [], set()
-        for module, state in self._placed:
+        for state in self.states.values():
             if state.routing is not None:
                 state.routing.remove()
+        for module, state in self._placed:
             if state.replaced.undo(module.__dict__):
                 clear(module, SITE)
             elif SITE in module.__dict__:

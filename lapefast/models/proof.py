@@ -84,7 +84,7 @@ class MixtureProof:
                     f"{state.name} applied its gate to rows {list(activation.shape)} that were not "
                     "routed so"
                 )
-            state.routing.route(rows[len(seen)])
+            state.route(rows[len(seen)].routed, rows[len(seen)].tokens)
             seen.append(activation)
             edited = _edited(state, activation)
             if self._counted is not None:

@@ -23,7 +23,7 @@ from lapefast.models.traces import ROUTING, clear, leave
 if TYPE_CHECKING:
     from lapefast.models.placed import SiteState
 
-__all__ = ["Routing"]
+__all__ = ["Routing", "check_tokens"]
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,9 @@ class Routing:
         """Before the gate is applied: let the ops know whose rows come next, and count them."""
         if not self._coming:
             raise InputError(f"{self._state.name} applied its gate to rows that were not routed")
-        self.route(self._coming.pop(0))
+        rows = self._coming.pop(0)
+        self._state.route(rows.routed, rows.tokens)
         self._state.count_routed()
-
-    def route(self, rows: Rows) -> None:
-        """Let the ops know each row's expert and token."""
-        statistics, edits = self._state.statistics, self._state.edits
-        if statistics is not None:
-            statistics.groups.route(rows.routed, rows.tokens)
-        if edits is not None:
-            edits.sets.route(rows.routed, rows.tokens)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state, self._proof = self._state, None
@@ -164,10 +157,10 @@ class Routing:
         given = _in_order(module, args, kwargs)
         name = self.implementation
         if self._in_blocks:
-            self._check_tokens(len(given[0]) // self._count)
+            check_tokens(state, len(given[0]) // self._count)
             rows = _in_blocks(given[0], self._count)
         else:
-            self._check_tokens(len(given[1]))
+            check_tokens(state, len(given[1]))
             rows = _chosen(_ORDERS[name], *given[1:3], self._count)
         if state.probe is None:
             self.implementations.add(name)
@@ -192,18 +185,19 @@ class Routing:
             self._proven.add(self.implementation)
             state.proven = True
 
-    def _check_tokens(self, count: int) -> None:
-        state = self._state
-        known = [] if state.statistics is None else [state.statistics.groups.tokens.tensor]
-        known += [] if state.edits is None else [state.edits.sets.tokens.tensor]
-        expected = {one.numel() for one in known if one is not None} - {1}
-        if state.probe is not None:
-            expected.add(state.probe.numel())
-        if expected - {count}:
-            raise InputError(
-                f"{state.name} saw {count} tokens where the model's input has {max(expected)}, so "
-                "its activations can't be assigned to tokens"
-            )
+
+def check_tokens(state: SiteState, count: int) -> None:
+    """Raise InputError where a mixture sees another number of tokens than the model's input has."""
+    known = [] if state.statistics is None else [state.statistics.groups.tokens.tensor]
+    known += [] if state.edits is None else [state.edits.sets.tokens.tensor]
+    expected = {one.numel() for one in known if one is not None} - {1}
+    if state.probe is not None:
+        expected.add(state.probe.numel())
+    if expected - {count}:
+        raise InputError(
+            f"{state.name} saw {count} tokens where the model's input has {max(expected)}, so "
+            "its activations can't be assigned to tokens"
+        )
 
 
 def _in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -111,7 +111,10 @@ def cache_of(options: dict[str, Any]) -> Any:
 
     Its name says too little: `past_key_values`, `cache_params` or `cache`, by version and model.
     """
-    return next((one for one in options.values() if hasattr(one, "get_seq_length")), None)
+    for one in options.values():  # torch 2.6 compiles no next()
+        if hasattr(one, "get_seq_length"):
+            return one
+    return None
 
 
 def past_length(options: dict[str, Any]) -> int | Tensor:

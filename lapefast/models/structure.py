@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -84,6 +84,8 @@ class FFN:
         last: the last projection; a mixture's owner, which holds those of all experts.
         gated: whether the activation is multiplied by up before the last projection.
         forward: how to replace the owner's forward, or None where only its activation is handled.
+        listed: of a mixture whose experts are modules of their own, else None. The activation is
+            then that of its first expert.
     """
 
     site: Site
@@ -92,6 +94,20 @@ class FFN:
     last: nn.Module
     gated: bool
     forward: GatedForward | None
+    listed: ListedExperts | None = None
+
+
+@dataclass(frozen=True)
+class ListedExperts:
+    """The experts of a mixture that are modules of their own, as transformers 4 has them.
+
+    Attributes:
+        block: the module that is called with all tokens and hands each expert its own.
+        experts: the FFNs, in order.
+    """
+
+    block: nn.Module
+    experts: tuple[FFN, ...]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -111,10 +127,14 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
         mixtures: take mixtures of experts, too; without it a model that has one is refused.
     """
     bare = bare_model(model)
-    stack_names = stacks(bare).keys()
-    found = _outermost(
-        [ffn for path, module in named_modules(bare) for ffn in _ffn_at(path, module, stack_names)]
-    )
+    modules, stack_names = dict(named_modules(bare)), stacks(bare).keys()
+    found, listed = [], None
+    for path, module in modules.items():
+        if listed is None or not path.startswith(listed):
+            here = list(_ffn_at(path, module, modules, stack_names))
+            found += here
+            listed = f"{path}." if any(ffn.listed for ffn in here) else None
+    found = _outermost(found)
     for ffn in found:
         if ffn.site.experts and not mixtures:
             raise InputError(
@@ -148,9 +168,14 @@ def _outermost(found: list[FFN]) -> list[FFN]:
     return [ffn for ffn in found if ffn.site.name not in inner]
 
 
-def _ffn_at(path: str, module: nn.Module, stack_names: Collection[str]) -> Iterator[FFN]:
+def _ffn_at(
+    path: str, module: nn.Module, modules: Mapping[str, nn.Module], stack_names: Collection[str]
+) -> Iterator[FFN]:
     if _is_mixture(path, module):
-        yield _mixture(path, module, stack_names)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            yield _listed_mixture(path, module, modules, stack_names)
+        else:
+            yield _mixture(path, module, stack_names)
         return
     if not module._modules:
         return
@@ -259,6 +284,32 @@ def _mixture(path: str, module: nn.Module, stack_names: Collection[str]) -> FFN:
         experts=shape[0],
     )
     return FFN(site, module, activation, module, getattr(module, "has_gate", True), None)
+
+
+def _listed_mixture(
+    path: str, module: nn.Module, modules: Mapping[str, nn.Module], stack_names: Collection[str]
+) -> FFN:
+    """The experts that a list or dict holds, each an FFN of its own."""
+    # Among NLLB's experts stands a dropout.
+    children = {n: child for n, child in module._modules.items() if not _is_passive(child)}
+    experts = tuple(
+        ffn
+        for name, child in children.items()
+        for ffn in _ffn_at(f"{path}.{name}", child, modules, stack_names)
+    )
+    kinds = {(ffn.site.width, ffn.site.activation, ffn.gated) for ffn in experts}
+    if len(kinds) != 1 or len(experts) != len(children) or any(ffn.site.experts for ffn in experts):
+        raise InputError(
+            f"{path} ({type(module).__name__}) is a mixture of experts that lapefast can't handle: "
+            "expected each of its modules to be an FFN, all of one width and activation"
+        )
+    first = experts[0]
+    site = replace(first.site, name=path, experts=len(experts))
+    # A plain list has no forward: the module that holds it calls the experts.
+    called = type(module).forward is not nn.Module.forward
+    block = module if called else modules[path.rpartition(".")[0]]
+    listed = ListedExperts(block, experts)
+    return FFN(site, module, first.activation, module, first.gated, None, listed)
 
 
 def _child(module: nn.Module, path: str):

@@ -33,7 +33,7 @@ LATENT = {
 }
 
 needs_5 = pytest.mark.skipif(
-    VERSION_4, reason="transformers 4 has a module for each expert, which is refused"
+    VERSION_4, reason="transformers 4 has a module for each expert (test_listed_experts.py)"
 )
 
 
