@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lapefast.errors import InputError
@@ -28,6 +29,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise InputError(
             f"the model must be a torch.nn.Module, got {type(model).__name__}; load it first, with "
             "AutoModelForCausalLM.from_pretrained for example"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "the model is compiled by torch.jit, which nothing can be placed in; give the one that "
+            "it was made of"
         )
     while True:
         kind = type(model).__name__

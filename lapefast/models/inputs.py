@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from numbers import Integral
 
 import torch
@@ -25,10 +26,10 @@ def forward_inputs(
         ids: token ids, int64 [batch, length].
         mask: integers like ``ids``, 0 for padding, which stands on the right; None for none.
     """
-    inputs: dict[str, Tensor | bool] = {"input_ids": ids}
+    parameters = inspect.signature(bare.forward).parameters
+    inputs: dict[str, Tensor | bool] = {_ids_name(parameters): ids}
     if mask is not None:
         inputs["attention_mask"] = mask
-    parameters = inspect.signature(bare.forward).parameters
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     if is_encoder_decoder(bare):
@@ -41,6 +42,14 @@ def forward_inputs(
         if mask is not None:
             inputs["decoder_attention_mask"] = mask
     return inputs
+
+
+def _ids_name(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """What a forward calls its token ids: ``input_ids``, or as its first parameter is named."""
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if "input_ids" in parameters or any(one.kind in starred for one in parameters.values()):
+        return "input_ids"
+    return next(iter(parameters), "input_ids")
 
 
 def probe_ids(bare: nn.Module) -> Tensor:

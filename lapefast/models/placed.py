@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,8 +184,19 @@ class SiteState:
             groups = statistics.groups.tensor
             statistics.routed.index_add_(0, groups.clamp(min=0).long(), (groups >= 0).long())
 
+    def input_shape(self) -> tuple[int, int] | None:
+        """Batch and length of the input whose tokens come here one by one, where it is known."""
+        roles = [self.statistics and self.statistics.groups, self.edits and self.edits.sets]
+        known = [role.shape for role in roles if role is not None and role.shape is not None]
+        return self.probe or next(iter(known), None)
+
     def activated(self, module: nn.Module, given: tuple, options: dict) -> Tensor:
         """The activation module's output, counted and edited; the product is the model's own."""
+        if getattr(module, "inplace", False):
+            # The model may read on from what it gave.
+            made = self.original(module)(*given, **options)
+            edited = self.activation_of(made, "identity")
+            return made if edited is made else made.copy_(edited)
         if len(given) == 1 and not options and given[0].dtype in self.fused:
             return self.activation_of(given[0], self.kernel)
         return self.activation_of(self.original(module)(*given, **options), "identity")
@@ -324,7 +336,8 @@ def gated_forward(self: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:
     if state.probe is not None:
         state.fired += 1
     if not state.proven:
-        return prove(state, self, functools.partial(run, self, state, x), (x,), {})
+        run = functools.partial(_named_run, state, run, self, state, x)
+        return prove(state, self, run, (x,), {})
     try:
         return run(self, state, x)
     except InputError as error:
@@ -347,7 +360,7 @@ def activation_forward(self: nn.Module, *given: Any, **options: Any) -> Tensor:
     if state.probe is not None:
         state.fired += 1
     if not state.proven:
-        run = functools.partial(state.activated, self, given, options)
+        run = functools.partial(_named_run, state, state.activated, self, given, options)
         return prove(state, self, run, given, options)
     try:
         return state.activated(self, given, options)
@@ -385,6 +398,13 @@ def clamped_gate_method(self: nn.Module, gate_up: Tensor) -> Tensor:
     state.routing.advance()
     try:
         return factor * state.activation_of(activation, "identity")
+    except InputError as error:
+        raise _named(state, error) from error
+
+
+def _named_run(state: SiteState, run: Callable[..., Tensor], *given: Any) -> Tensor:
+    try:
+        return run(*given)
     except InputError as error:
         raise _named(state, error) from error
 

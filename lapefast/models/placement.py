@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lapefast.errors import InputError
 from lapefast.models.bare import bare_model, evaluating
@@ -29,7 +30,7 @@ from lapefast.models.placed import (
 from lapefast.models.routing import Routing
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN, find_ffns
-from lapefast.models.traces import PLACEMENT, SITE, Replaced, clear, leave
+from lapefast.models.traces import HOOK, PLACEMENT, SITE, Replaced, clear, leave
 from lapefast.ops.backends import backend_for
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Placement:
 
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
+        _refuse_meta(self.bare)
         self.ffns, self._copies = separate(find_ffns(model, mixtures=True))
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
@@ -48,7 +50,10 @@ class Placement:
         """The site that fires last in a forward pass, where the probe could tell."""
         self.steered = False
         """Whether a steering was ever placed."""
+        self.failure: str | None = None
+        """Why the model does not run on bare token ids, where the probe found that out."""
         self._placed: list[tuple[nn.Module, SiteState]] = []
+        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         try:
             self._columns = find_columns(self.bare, self.ffns)
             for ffn in self.ffns:
@@ -79,6 +84,11 @@ class Placement:
     def fill(self, set_role: Callable[[FFN, SiteState], None]) -> None:
         """Let ``set_role`` put its statistics or edits into every site's state."""
         for ffn in self.ffns:
+            if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"{ffn.site.name} computes in {dtype_of(ffn)}; lapefast takes float32, float16 "
+                    "and bfloat16 models, so load it in one of these"
+                )
             set_role(ffn, self.states[ffn.site.name])
             for state in self._chosen(ffn):
                 state.proven = not state.active
@@ -119,12 +129,14 @@ class Placement:
                 none runs at all.
         """
         ids = probe_ids(self.bare)
+        ids = torch.cat([ids, ids[:1]])  # two sequences that are alike show the order of rows
         try:
             with self._probing(ids.shape) as order:
                 self.bare(**forward_inputs(self.bare, ids))
         except InputError:
             raise
         except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
             _log.info("%s does not run on bare token ids: %s", type(self.bare).__name__, error)
         else:
             self.last = order[-1] if order else None
@@ -169,6 +181,11 @@ class Placement:
                     f"{name} runs without calling its activation module, so what is placed there "
                     "would do nothing; lapefast can't handle this model"
                 )
+        missed = [name for name, state in active.items() if state.edits and not state.fired]
+        if missed and any(state.fired for state in active.values()):
+            _log.warning(
+                "Edited, but not reached by tokens alone, so perhaps never: %s", ", ".join(missed)
+            )
         if active and not any(state.fired for state in active.values()):
             raise InputError(
                 f"none of the FFNs of {type(self.bare).__name__} runs in a forward pass, so what "
@@ -249,6 +266,10 @@ class Placement:
         self._placed.append((target, state))
         leave(target, SITE, state)
         target.__dict__[attribute] = replaced.placed
+        if isinstance(ffn.owner, nn.TransformerEncoderLayer):
+            # Without gradients torch computes the layer past its modules, unless one has a hook.
+            self._hooks.append((target, target.register_forward_hook(_pass_on)))
+            leave(target, HOOK, self._hooks[-1][1])
         return state
 
     def _restore(self) -> None:
@@ -257,6 +278,9 @@ class Placement:
         for state in self.states.values():
             if state.routing is not None:
                 state.routing.remove()
+        for module, hook in self._hooks:
+            hook.remove()
+            clear(module, HOOK)
         for module, state in self._placed:
             if state.replaced.undo(module.__dict__):
                 clear(module, SITE)
@@ -274,11 +298,25 @@ class Placement:
             )
 
 
+def _refuse_meta(bare: nn.Module) -> None:
+    if any(hasattr(module, "_hf_hook") for module in bare.modules()):
+        return  # accelerate keeps weights elsewhere
+    for name, parameter in bare.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"the model has no weights: {name} is on the meta device; load them first"
+            )
+
+
 def _clear_left(module: nn.Module) -> None:
     """Take out what a placement had to leave, if nothing covers it any more."""
     state = module.__dict__.get(SITE)
     if state is not None and state.left and state.replaced.undo(module.__dict__):
         clear(module, SITE)
+
+
+def _pass_on(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """A hook that does nothing."""
 
 
 def _note(order: list[str], name: str, module: nn.Module, args: tuple) -> None:

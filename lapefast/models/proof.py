@@ -39,8 +39,11 @@ def prove(
                 f"{state.name}: expected activations of width {state.width}, got "
                 f"{list(activation.shape)}"
             )
+        shape = state.input_shape()
+        if shape is not None:
+            _check_rows(state, activation, shape)
         if state.probe is not None:
-            _check_rows(state, activation)
+            _check_order(state, activation)
         actual = run()
     finally:
         if statistics is not None:
@@ -180,19 +183,31 @@ def _miscounts(state: SiteState, owner: str) -> InputError:
     )
 
 
-def _check_rows(state: SiteState, activation: Tensor) -> None:
-    rows, tokens = activation.numel() // state.width, state.probe.numel()
-    if rows != tokens:
+def _check_rows(state: SiteState, activation: Tensor, shape: tuple[int, int]) -> None:
+    rows, (batch, length) = activation.numel() // state.width, shape
+    if rows != batch * length:
         raise InputError(
-            f"{state.name} saw {rows} rows where the model's input has {tokens} tokens, so its "
-            "activations can't be assigned to tokens"
+            f"{state.name} saw {rows} rows where the model's input has {batch * length} tokens, so "
+            "its activations can't be assigned to tokens"
         )
     leading = activation.shape[:-1]
-    if len(leading) > 1 and leading[0] not in (1, state.probe[0]):
-        raise InputError(
-            f"{state.name} saw rows {list(leading)} where the model's input is "
-            f"{list(state.probe)}, so its rows are in another order than the tokens"
-        )
+    if len(leading) > 1 and leading[0] not in (1, batch):
+        raise _reordered(state, f"rows {list(leading)} where the model's input is {list(shape)}")
+
+
+def _check_order(state: SiteState, activation: Tensor) -> None:
+    """The probe's first and last sequences are alike, so their rows must be, and no others."""
+    first, other, *_, last = (
+        activation.detach().float().nan_to_num().reshape(*state.probe, state.width)
+    )
+    apart, alike = (first - other).abs().mean(), (first - last).abs().mean()
+    # A product of matrices may round a row by where it stands; that is far below.
+    if bool(alike > 0.1 * apart):
+        raise _reordered(state, "other rows than the model's input has in its sequences")
+
+
+def _reordered(state: SiteState, saw: str) -> InputError:
+    return InputError(f"{state.name} saw {saw}, so its rows are in another order than the tokens")
 
 
 @torch.no_grad()
@@ -200,11 +215,17 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
     """The original's output with the edits made the plain way, and the edited activation."""
     seen = []
 
-    def edited(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    def edited(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise InputError(
                 f"{state.name}: its activation module returns a {type(output).__name__} and no "
                 "tensor; lapefast can't handle this model"
+            )
+        if len(args) != 1 or output.shape != args[0].shape:
+            raise InputError(
+                f"{state.name}: its activation module ({type(_module).__name__}) takes more than "
+                "the gate, so what it returns is not the activation; lapefast can't handle this "
+                "model"
             )
         output = _edited(state, output)
         seen.append(output)
@@ -213,12 +234,21 @@ def _expected(state: SiteState, module: nn.Module, given: tuple, options: dict):
     if state.gate is not None or (state.form is not None and state.form.function is not None):
         return _composed(state, module, *given)
     if state.form is None:
+        if getattr(module, "inplace", False):  # what it writes over is to be read once more
+            given = tuple(map(_copied, given))
         return edited(module, given, state.original(module)(*given, **options)), seen[0]
     hook = getattr(module, state.form.activation).register_forward_hook(edited)
     try:
         return state.original(module)(*given, **options), seen[0]
     finally:
         hook.remove()
+
+
+def _copied(given: Tensor) -> Tensor:
+    """A copy of the same strides, by which torch's own arithmetic may differ."""
+    return torch.empty_strided(
+        given.shape, given.stride(), dtype=given.dtype, device=given.device
+    ).copy_(given)
 
 
 def _composed(state: SiteState, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

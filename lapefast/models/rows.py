@@ -19,6 +19,8 @@ class RowIndex:
     """Which group or edit set each row of a stack's input belongs to: int32, a row or one each."""
 
     tensor: Tensor | None = None
+    shape: tuple[int, int] | None = None
+    """Batch and length of the input that runs, where it is known."""
 
     experts: ClassVar[int] = 1
 
@@ -92,18 +94,28 @@ class StackRows(ABC):
         clear(self._module, self._trace)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.before_forward(*_input_shape(args, kwargs), kwargs)
+        shape = _input_shape(args, kwargs)
+        if not torch.compiler.is_compiling():
+            for index in self.indices.values():
+                index.shape = shape
+        self.before_forward(*shape, kwargs)
 
 
 def _input_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     """Batch and length of what a stack is called with."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    if ids is None and embeddings is None and args:
-        ids = args[0]
+    if ids is None and embeddings is None:
+        # Some call them otherwise: idx, tokens.
+        integers = (one for one in kwargs.values() if _are_ids(one))
+        ids = args[0] if args else next(integers, None)
     given = ids if ids is not None else embeddings
     if not isinstance(given, Tensor) or given.dim() < 2:
         raise InputError("the model was called without input_ids or inputs_embeds [batch, length]")
     return given.shape[0], given.shape[1]
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point()
 
 
 def cache_of(options: dict[str, Any]) -> Any:

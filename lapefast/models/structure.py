@@ -151,14 +151,15 @@ def find_ffns(model: nn.Module, mixtures: bool = False) -> list[FFN]:
 
 
 def _outermost(found: list[FFN]) -> list[FFN]:
-    """The mixtures, and the dense FFNs that lie in no other and choose no experts.
+    """The mixtures, and the dense FFNs that lie in no part of another and choose no experts.
 
-    Those that lie in another are adapters, as X-MOD has for its languages, whose tokens alone pass
-    through them, and PEFT's copies of a module that it trains whole, whose wrapper passes for the
-    one in use. ZAYA's routers look like FFNs.
+    Those that lie in one beside a projection are adapters, as X-MOD has for its languages, whose
+    tokens alone pass through them, or PEFT's copies of a module that it trains whole, whose wrapper
+    passes for the one in use. ZAYA's routers look like FFNs. MobileBERT's layers, which are FFNs by
+    their names, hold more FFNs as parts of their own.
     """
     dense = [ffn.site.name for ffn in found if not ffn.site.experts]
-    outer = tuple(f"{name}." for name in dense if name)
+    outer = tuple(part for ffn in found if not ffn.site.experts for part in _parts_of(ffn))
     mixtures = [ffn.site.name for ffn in found if ffn.site.experts]
     blocks = [name[: name.rfind(".") + 1] for name in mixtures]
     routers = tuple(f"{block}{router}." for block in blocks for router in _ROUTERS)
@@ -166,6 +167,16 @@ def _outermost(found: list[FFN]) -> list[FFN]:
     if inner:
         _log.info("Inside other FFNs or routers, so no sites of their own: %s", sorted(inner))
     return [ffn for ffn in found if ffn.site.name not in inner]
+
+
+def _parts_of(ffn: FFN) -> Iterator[str]:
+    """Where in an FFN's module its own parts lie, as the beginnings of paths."""
+    prefix = f"{ffn.site.name}." if ffn.site.name else ""
+    for name, child in ffn.owner._modules.items():
+        if child is not None and {ffn.last, ffn.activation} & set(child.modules()):
+            yield f"{prefix}{name}."
+    if hasattr(ffn.owner, "modules_to_save"):
+        yield prefix
 
 
 def _ffn_at(
@@ -179,7 +190,7 @@ def _ffn_at(
         return
     if not module._modules:
         return
-    parts = _parts_by_table(path, module) or _parts_by_shape(module)
+    parts = _parts_by_table(path, module) or _parts_by_shape(module) or _parts_by_forward(module)
     if parts is None:
         return
     activation, last, gated = parts
@@ -202,10 +213,12 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
         widened, width = _features(first[0])[1], _features(last)[0]
         if widened not in (width, 2 * width):
             continue
-        for name in row.activations:
-            activation = _child(module, name)
-            if isinstance(activation, nn.Module):
-                return activation, last, len(first) == 2 or widened != width
+        activation = _activation_by(row, module)
+        if activation is not None:
+            widening = sum(_features(one) == _features(first[0]) for one in module.children())
+            # Jais has a second projection beside a plain row's.
+            gated = len(first) == 2 or widened != width or widening > 1
+            return activation, last, gated
         forward = read_forward(module)
         if forward and forward.function is not None:
             return forward.function, last, True
@@ -222,6 +235,16 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
             f"{row.activations[0]} (docs/adding-a-model.md)"
         )
     return None
+
+
+def _activation_by(row: Row, module: nn.Module) -> nn.Module | None:
+    """The activation module that a row names, or else the only one that there is."""
+    for name in row.activations:
+        activation = _child(module, name)
+        if isinstance(activation, nn.Module):
+            return activation
+    activations = [child for child in module.children() if _is_activation(child)]
+    return activations[0] if len(activations) == 1 else None
 
 
 def _parts_by_shape(module: nn.Module) -> _Parts | None:
@@ -242,6 +265,16 @@ def _parts_by_shape(module: nn.Module) -> _Parts | None:
     if all(one == (hidden, width) for one in widened) or widened == [(hidden, 2 * width)]:
         return activations[0], last, widened != [(hidden, width)]
     return None
+
+
+def _parts_by_forward(module: nn.Module) -> _Parts | None:
+    """Those of a forward that is exactly a gated FFN, whatever they are called."""
+    forward = read_forward(module)
+    if forward is None:
+        return None
+    last, activation = module._modules[forward.down], forward.activation_of(module)
+    first = [module._modules[name] for name in (forward.gate, forward.up) if name]
+    return (activation, last, True) if all(map(_is_linear, (*first, last))) else None
 
 
 def _is_mixture(path: str, module: nn.Module) -> bool:

@@ -139,6 +139,7 @@ def profile(
             headless(bare),
             torch.no_grad(),
         ):
+            recorder.check_reads_ids()
             recorder.end_at_last_site()
             settings = {
                 **text.settings(),

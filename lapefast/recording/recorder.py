@@ -18,7 +18,7 @@ from lapefast.models.groups import token_groups
 from lapefast.models.inputs import input_device
 from lapefast.models.parallel import leads, parallel_size
 from lapefast.models.placed import SiteState, SiteStatistics
-from lapefast.models.placement import Placement, chosen_backend, device_of, dtype_of
+from lapefast.models.placement import Placement, chosen_backend, device_of
 from lapefast.models.rows import rows_at
 from lapefast.models.sites import Site
 from lapefast.models.structure import FFN
@@ -307,6 +307,14 @@ class Recorder:
             flags = statistics.flags if columns is None else columns.total(statistics.flags)
             check_flags(site, flags)
 
+    def check_reads_ids(self) -> None:
+        """Raise InputError where the model does not run on token ids alone."""
+        if self._placement.failure is not None:
+            raise InputError(
+                "the model does not run on rows of token ids alone, so no text can pass through it "
+                f"({self._placement.failure}); record in a loop of your own, by lf.record"
+            )
+
     def end_at_last_site(self) -> None:
         """Let the last FFN stop at its activation, where the model's output is not wanted.
 
@@ -370,11 +378,6 @@ class Recorder:
 
     def _place(self, ffn: FFN, state: SiteState) -> None:
         site, device = ffn.site, device_of(ffn)
-        if dtype_of(ffn) not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(
-                f"{site.name} computes in {dtype_of(ffn)}; lapefast takes float32, float16 and "
-                "bfloat16 models, so load it in one of these"
-            )
         if state.form is None:
             refused = {"up_abs_sums"} | ({"square_sums"} if ffn.gated else set())
             for name in self._names:

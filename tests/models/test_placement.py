@@ -409,7 +409,7 @@ def test_an_activation_wider_than_the_last_projection_is_refused_by_name(llama):
             return self.fc2(gate * up)
 
     llama.model.layers[1].mlp = Gated()
-    with pytest.raises(InputError, match=r"layers.1.mlp: expected .* width 40, got \[2, 8, 80\]"):
+    with pytest.raises(InputError, match=r"layers.1.mlp: expected .* width 40, got \[3, 8, 80\]"):
         lf.record(llama, ["a"])
 
 
@@ -482,7 +482,7 @@ def test_an_ffn_that_sees_other_rows_than_the_tokens_is_refused_by_name():
     model = by_name("bert").build()
     model.bert.encoder.layer[1].chunk_size_feed_forward = 4
     before = plain.attributes(model)
-    with pytest.raises(InputError, match=r"encoder.layer.1 saw 8 rows .* has 16 tokens"):
+    with pytest.raises(InputError, match=r"encoder.layer.1 saw 12 rows .* has 24 tokens"):
         lf.record(model, ["a"])
     plain.assert_untouched(before, model)
 
