@@ -14,7 +14,8 @@ namespace lapefast::cuda {
 // branch for every element, three times the instructions of all the rest of SiLU. For what is
 // rounded to a half type after it, one Newton step on the nearest reciprocal is as good; a quarter
 // of both sides keeps the reciprocal of the largest denominators above zero. Where the numerator or
-// the denominator is infinite the step is NaN, and the first quotient is right already.
+// the denominator is infinite the rest is NaN, and the first quotient is right already; so it is
+// where nothing is left, and a step by +0 would make +0 of a quotient of -0.
 template <class Format>
 __device__ inline float over_one_plus(float numerator, float e) {
   if constexpr (!Format::is_half) return numerator / (1.0f + e);
@@ -22,7 +23,7 @@ __device__ inline float over_one_plus(float numerator, float e) {
   const float reciprocal = reciprocal_nearly(whole);
   const float quotient = part * reciprocal;
   const float rest = fmaf(-whole, quotient, part);
-  return rest == rest ? fmaf(rest, reciprocal, quotient) : quotient;
+  return fabsf(rest) > 0.0f ? fmaf(rest, reciprocal, quotient) : quotient;
 }
 
 // -0 and NaN stay.
