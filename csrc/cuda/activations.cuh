@@ -26,8 +26,9 @@ __device__ inline float over_one_plus(float numerator, float e) {
   return fabsf(rest) > 0.0f ? fmaf(rest, reciprocal, quotient) : quotient;
 }
 
-// -0 and NaN stay.
-__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
+// NaN stays. -0 becomes +0, as in eager on a GPU: it clamps by the maximum of x and 0, and of -0
+// and +0 PTX takes +0.
+__device__ inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
 
 // x holds values of Format; so does the result.
 template <class Format, Activation activation>

@@ -78,8 +78,9 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _relu(x):
-    # Keeps -0 and NaN, as eager does.
-    return tl.where(x < 0.0, 0.0, x)
+    # NaN stays. -0 becomes +0, as in eager on a GPU: it clamps by the maximum of x and 0, and of -0
+    # and +0 PTX takes +0.
+    return tl.where(x <= 0.0, 0.0, x)
 
 
 @triton.jit
