@@ -96,7 +96,7 @@ test-vllm: $(VENV)/.test-ready
 bench: $(VENV)/.bench-ready
 	$(BENCH) --benchmark-quiet -q -rs
 
-# On a machine with an NVIDIA GPU and everything installed but lapefast; needs no network.
+# On a machine with an NVIDIA GPU and the libraries that tests/gpu.sh names; needs no network.
 gpu:
 	PYTHON=$(PYTHON) sh tests/gpu.sh
 

@@ -8,7 +8,6 @@ from numbers import Integral
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -269,6 +268,8 @@ def fitting_batch_size(model: nn.Module, length: int) -> int:
     if device.type == "cuda":
         free, wanted = torch.cuda.mem_get_info(device)[0], 16384
     else:
+        import psutil  # a pass on a GPU, or of a batch size that is given, does without
+
         free, wanted = psutil.virtual_memory().available, 2048
     # Processes that share the model's layers run the same batches.
     return least(model, max(1, min(wanted, free // 4 // per_token) // length))
