@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +24,26 @@ def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = torch.randn(*shape, generator=generator, device="cpu") * 3
     return numbers.to(dtype).to(torch.get_default_device())
+
+
+def reserved_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the default device; on a CPU only the pages that are touched become real."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if (device := torch.get_default_device()).type == "cpu":
+        not_counted = 0x4000  # MAP_NORESERVE, which Python names from 3.11 on
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | not_counted
+        return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(shape)
+    if torch.cuda.mem_get_info(device)[0] < size + (1 << 30):
+        pytest.skip(f"needs a GPU with {size >> 30} GiB free")
+    return torch.zeros(shape, dtype=dtype)
+
+
+def rows_apart(rows: int, width: int, stride: int) -> Tensor:
+    """Normal numbers in bfloat16, in rows of reserved memory `stride` elements apart."""
+    base = reserved_zeros((rows - 1) * stride + width, dtype=torch.bfloat16)
+    return base.as_strided((rows, width), (stride, 1)).copy_(
+        values(rows, width, dtype=torch.bfloat16)
+    )
 
 
 def _contiguous(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,6 +85,12 @@ def _unaligned(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _offset(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Width and stride are whole vectors of 16 bytes, and yet no row starts at one.
+    gate = values(9 * 256 + 1, dtype=dtype)[1:].view(9, 256)
+    return gate, values(9, 256, dtype=dtype, seed=1)
+
+
 def _vector(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values(70, dtype=dtype), values(70, dtype=dtype, seed=1)
 
@@ -87,6 +115,7 @@ LAYOUTS = {
     "one row": _one_row,
     "narrow": _narrow,
     "unaligned": _unaligned,
+    "offset": _offset,
     "vector": _vector,
     "tiles": _tiles,
     "pages": _pages,

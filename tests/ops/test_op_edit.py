@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import DTYPES, LAYOUTS, Edits, edits_for, named, run_edit, values
+from op_cases import DTYPES, LAYOUTS, Edits, edits_for, named, rows_apart, run_edit, values
 
 from lapefast import ops
 from lapefast.errors import InputError
@@ -32,6 +32,14 @@ def test_edited_products_are_those_of_the_reference(layout, dtype, gated, backen
         got = run_edit(*arguments, backend=backend)
         assert got.is_contiguous()
         assert torch.equal(got, run_edit(*arguments, backend="reference"))
+
+
+def test_rows_beyond_two_to_the_31_elements_are_edited(backend):
+    gate = rows_apart(4, 64, 2**30)
+    tables = edits_for(64).tables()
+    arguments = gate, gate, "silu", torch.tensor([2], dtype=torch.int32), tables
+    expected = run_edit(*arguments, backend="reference")
+    assert torch.equal(run_edit(*arguments, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)

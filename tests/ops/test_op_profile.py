@@ -10,7 +10,9 @@ from op_cases import (
     STATISTICS,
     Tally,
     named,
+    reserved_zeros,
     row_groups,
+    rows_apart,
     run_profile,
     same_sums,
     values,
@@ -157,15 +159,25 @@ def test_more_rows_than_a_counter_holds(backend, interpreted):
     assert tally.sums.tolist() == [[float(rows)] * 3]
 
 
-def test_rows_beyond_two_to_the_31_elements_are_addressed(backend):
-    # Four rows of reserved memory, 2^30 elements apart: only the pages touched become real.
-    base = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
-    gate = base.as_strided((4, 64), (2**30, 1))
-    gate.copy_(values(4, 64, dtype=torch.bfloat16))
+# The second: a run of 16 rows for each warp, so that the next begins beyond.
+@pytest.mark.parametrize(("rows", "stride"), [(4, 2**30), (17, 2**27)])
+def test_rows_beyond_two_to_the_31_elements_are_addressed(rows, stride, backend):
+    gate = rows_apart(rows, 64, stride)
     tally = Tally(1, 64)
     product = run_profile(gate, gate, "silu", None, tally, backend=backend)
     assert torch.equal(product, torch.nn.functional.silu(gate) * gate)
     assert torch.equal(tally.counts[0], (gate > 0).sum(0))
+
+
+def test_statistics_beyond_two_to_the_31_elements_are_addressed(backend):
+    width, last = 64, 2**25 + 1
+    counts, flags = reserved_zeros(last + 1, width, dtype=torch.int64), torch.zeros(2).long()
+    gate = values(5, width, dtype=torch.bfloat16)
+    # The first is added where the group changes, the second at the end.
+    groups = torch.tensor([last - 1] * 3 + [last] * 2, dtype=torch.int32)
+    ops.observe(gate, "identity", 0.0, groups, counts, None, None, flags, backend=backend)
+    assert torch.equal(counts[last - 1], (gate[:3] > 0).sum(0))
+    assert torch.equal(counts[last], (gate[3:] > 0).sum(0))
 
 
 @pytest.mark.parametrize("index", [3, -2, 2**31 - 1])
