@@ -8,22 +8,12 @@ import sys
 
 import pytest
 import torch
+from activation_modules import MODULES
 from torch import nn
-from transformers import activations
 
 from lapefast import _native, ops
 from lapefast.ops.exact import exact_dtypes, is_exact
 
-# Every class that the package takes for the activation of that name.
-MODULES = {
-    "silu": [nn.SiLU, activations.SiLUActivation],
-    "relu": [nn.ReLU],
-    "relu_squared": [activations.ReLUSquaredActivation],
-    "gelu": [nn.GELU, activations.GELUActivation],
-    "gelu_tanh": [lambda: nn.GELU(approximate="tanh"), activations.GELUTanh],
-    "gelu_new": [activations.NewGELUActivation],
-    "quick_gelu": [activations.QuickGELUActivation],
-}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +31,7 @@ def proven() -> set[tuple[str, torch.dtype, str]]:
 def test_fused_is_what_is_proven_on_every_instruction_set(isa):
     done = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {"LAPEFAST_CPU_ISA": isa},
+        env=os.environ | {"LAPEFAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
