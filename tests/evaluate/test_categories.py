@@ -322,7 +322,6 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
 
 
 def test_the_table_gives_random_sets_by_mean_and_range():
-    pytest.importorskip("pandas")
     torch.manual_seed(0)
     found = category_deactivation(
         llama().eval(), Characters(), EXAMPLES, random_sets=3, progress=False

@@ -24,7 +24,7 @@ def each_backend(request, backend) -> str:
 def refusing_backend(each_backend, device) -> str:
     """One that refuses what is out of range before anything is written."""
     if not _refuses(each_backend, device):
-        pytest.skip("it skips what is out of range: refusing would have the host wait")
+        pytest.skip("it skips what is out of range: --backend cpu refuses it")
     return each_backend
 
 
@@ -32,7 +32,7 @@ def refusing_backend(each_backend, device) -> str:
 def skipping_backend(backend, device) -> str:
     """One that skips what is out of range and counts it in flags."""
     if _refuses(backend, device):
-        pytest.skip("it refuses what is out of range")
+        pytest.skip("it refuses what is out of range: --backend triton and cuda skip it")
     return backend
 
 

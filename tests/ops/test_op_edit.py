@@ -17,7 +17,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("gated", [True, False])
 def test_edited_products_are_those_of_the_reference(layout, dtype, gated, backend, interpreted):
     if interpreted and layout == "pages":
-        pytest.skip("slow, and a path of the CPU kernel's own")
+        pytest.skip("slow, and a path of the CPU kernel's own, which --backend cpu runs")
     gate, up = LAYOUTS[layout](dtype)
     rows = gate.shape[:-1].numel()
     tables = edits_for(gate.shape[-1]).tables()

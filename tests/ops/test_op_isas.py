@@ -153,7 +153,7 @@ def test_only_the_openmp_runtime_of_torch_is_in_the_process():
         "print(_native.has_thread_pool(), runtimes() == before, len(before))\n"
     )
     if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc; Linux only")
+        pytest.skip("reads /proc, which Linux has")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True", "1"]
 

@@ -35,7 +35,7 @@ REFUSED = (InputError, RuntimeError)
 @pytest.fixture(autouse=True)
 def _native(backend):
     if backend != "cpu":
-        pytest.skip("only the CPU's native library has a straight way")
+        pytest.skip("only the CPU's native library has a straight way: --backend cpu runs this")
 
 
 @pytest.fixture

@@ -253,7 +253,9 @@ def test_two_threads_that_generate_at_once_are_told_so():
     assert all("another thread is generating" in message for message in raised)
 
 
-@pytest.mark.skipif(VERSION_4, reason="continuous batching of 4.57 asks for a GPU")
+@pytest.mark.skipif(
+    VERSION_4, reason="continuous batching of 4.57 asks for a GPU; transformers 5 does not"
+)
 def test_continuous_batching_is_refused_where_rows_matter():
     model, edits = shared("llama"), edits_of(by_name("llama"))
     with lf.steer(model, edits), pytest.raises(InputError, match="continuous batching"):

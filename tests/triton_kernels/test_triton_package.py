@@ -49,13 +49,13 @@ def test_without_triton_the_backend_says_what_to_install():
 
 
 def test_compiled_triton_refuses_cpu_tensors_in_one_sentence():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed; the test extra has it")
     reason = run("from lapefast.ops import backends; print(backends.why_not('triton', 'cpu'))")
     assert reason.endswith("with TRITON_INTERPRET=1 set.")
 
 
 def test_aligned_kernels_move_16_bytes_and_divide_as_ieee_does(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed; the test extra has it")
     code = """
 import torch
 from lapefast.triton_kernels.ahead_of_time import TARGETS, compile_for
