@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,8 +87,6 @@ def identify(
             raise InputError(f"--details of {method} must end in .safetensors, got {details}")
         if details == output:
             raise InputError("-o and --details are one file; give two")
-    if output.exists() and os.path.exists(source) and output.samefile(source):
-        raise InputError(f"-o {output} is the file to read; give another")
     chosen = {
         "lape": lape,
         "plnd": plnd,

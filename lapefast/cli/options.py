@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import glob
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -272,7 +273,10 @@ class Loaded:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every field of a parameter that is such a dataclass as an option."""
+    """The command with every field of a parameter that is such a dataclass as an option.
+
+    It refuses to write over a file that it is to read.
+    """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
@@ -292,6 +296,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        _check_read_files(given)
         made = {
             name: group(**{one.name: given.pop(one.name) for one in fields(group)})
             for name, group in groups.items()
@@ -301,6 +306,30 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
+
+
+_WRITTEN = ("output", "details")
+
+
+def _check_read_files(given: Mapping[str, Any]) -> None:
+    """Refuse a file to write that another option or argument names, so that nothing is lost."""
+    written = [one for name in _WRITTEN if isinstance(one := given.get(name), Path)]
+    for name, value in given.items():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if name in _WRITTEN or not isinstance(one, (str, Path)):
+                continue
+            for path in written:
+                if path.is_file() and _is_among(path, str(one)):
+                    raise InputError(f"cannot write {path}: it is read, too; give another name")
+
+
+def _is_among(path: Path, named: str) -> bool:
+    """Whether a file is what an option names, or among a corpus, ``label=`` file or directory."""
+    _, is_text, text = named.partition("=")
+    found = [Path(one) for one in glob.iglob(text, recursive=True)] if is_text else []
+    if any(one.is_dir() and path.resolve().is_relative_to(one.resolve()) for one in found):
+        return True
+    return any(one.is_file() and path.samefile(one) for one in [Path(named), *found])
 
 
 def check_output(path: Path) -> None:

@@ -43,8 +43,6 @@ def stability(
             check_output(path)
     if figure is not None and output in [figure.with_suffix(one) for one in (".png", ".svg")]:
         raise InputError(f"-o {output} is a file of --figure {figure}; give another")
-    if output.exists() and profile.exists() and output.samefile(profile):
-        raise InputError(f"-o {output} is the profile to read; give another")
     from lapefast import Profile
     from lapefast.cli.tables import console, show
     from lapefast.detect import lape as select

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,7 @@ class Corpus:
             max_rows = _max_rows(seq_len, max_tokens)
         self._report = None
         empty = CorpusReport(self.label, self.name, "", seq_len, (start, start), 0, 0, 0, False)
-        return Rows(self, self._made(empty, max_rows), max_rows)
+        return Rows(self, self._made(empty, max_rows), start, max_rows)
 
     def fill_cache(self, seq_len: int | None = None, max_tokens: int | None = None) -> None:
         """Reads as much of the corpus as `rows` would into the token cache, if it can be kept.
@@ -276,23 +277,46 @@ class Corpus:
         return seq_len or length
 
 
+@dataclass
+class _Made:
+    """How many rows were made, the first to hand out included, and whether they are all."""
+
+    rows: int
+    ended: bool = False
+
+    def count(self, made: Generator) -> Generator:
+        """What is made, counted in the thread that makes it."""
+        for rows, report in made:
+            self.rows += 0 if rows is None else len(rows)
+            yield rows, report
+        self.ended = True
+
+
 class Rows:
     """An iterator over int64 tensors [n, seq_len], n at least 1 and bounded, on the CPU.
 
     Also a context manager; its thread ends with it, when it is dropped, or at `close`.
     """
 
-    def __init__(self, corpus: Corpus, made: Generator, max_rows: int | None) -> None:
+    def __init__(self, corpus: Corpus, made: Generator, start: int, max_rows: int | None) -> None:
         self._corpus = corpus
         self._max_rows = max_rows
-        self._ahead = Ahead(made, _CHUNKS_AHEAD, f"lapefast corpus {corpus.label}")
+        self._taken = start
+        self._made = _Made(start)
+        # Its thread holds no `Rows`, which ends it when it is dropped.
+        self._ahead = Ahead(
+            self._made.count(made), _CHUNKS_AHEAD, f"lapefast corpus {corpus.label}"
+        )
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> torch.Tensor:
         rows, self._corpus._report = next(self._ahead)
-        return rows if rows is not None else next(self)
+        if rows is None:
+            return next(self)
+        self._taken += len(rows)
+        return rows
 
     def __enter__(self) -> Self:
         return self
@@ -307,16 +331,17 @@ class Rows:
 
     @property
     def fraction(self) -> float | None:
-        """The part of the work done, 0 to 1, for progress bars; None where nobody knows.
+        """The part of the rows that were taken, 0 to 1, for progress bars; None where nobody knows.
 
-        Of the source it counts what was read, a little ahead of the rows taken.
+        How many there will be is judged by how far the source was read for those that are made.
         """
-        source, report = self._corpus._source, self._corpus._report
+        source, made = self._corpus._source, self._made
         parts = []
-        if source.total:
-            parts.append(source.position / source.total)
-        if self._max_rows and report is not None:
-            parts.append(report.rows[1] / self._max_rows)
+        if source.total and made.rows:
+            read = 1.0 if made.ended else source.position / source.total
+            parts.append(self._taken / made.rows * read)
+        if self._max_rows:
+            parts.append(self._taken / self._max_rows)
         return min(1.0, max(parts)) if parts else None
 
     def close(self) -> None:

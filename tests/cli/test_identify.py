@@ -138,7 +138,7 @@ def test_the_file_that_is_read_is_not_written(lapefast, tmp_path):
     (tmp_path / "p.safetensors").write_bytes(b"a profile")
     result = lapefast("identify", tmp_path / "p.safetensors", "-o", tmp_path / "p.safetensors")
     assert result.code == 2
-    assert "is the file to read; give another" in result.err
+    assert "it is read, too; give another name" in result.err
     assert (tmp_path / "p.safetensors").read_bytes() == b"a profile"
 
 

@@ -105,7 +105,10 @@ def test_what_can_not_be_meant_is_refused(profile, options, labels, message):
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("s.svg", "-o .*s.svg is a file of --figure"), ("p.safetensors", "is the profile to read")],
+    [
+        ("s.svg", "-o .*s.svg is a file of --figure"),
+        ("p.safetensors", "it is read, too; give another name"),
+    ],
 )
 def test_nothing_is_written_over_by_its_own_command(lapefast, tmp_path, output, message):
     (tmp_path / "p.safetensors").write_bytes(b"kept")

@@ -7,8 +7,9 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ SECONDS = 60  # only a hang takes so long
 
 def alive() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("lapefast corpus")]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def wait_until_gone() -> None:
@@ -157,6 +165,26 @@ def test_the_fraction_reaches_one(tokenizer: Any, tmp_path: Path) -> None:
     rows = Corpus("en", iter(["some words"] * 50), tokenizer).rows(16)
     list(rows)
     assert rows.fraction is None
+
+
+@pytest.mark.parametrize("start", [0, 64])
+def test_the_fraction_is_of_the_rows_taken_not_of_those_read_ahead(start: int) -> None:
+    rows = Corpus("en", torch.zeros(256 * 16, dtype=torch.int64)).rows(16, start=start)
+    wait_until(lambda: rows._made.ended)
+    taken = start
+    for some in rows:
+        taken += len(some)
+        assert rows.fraction == taken / 256
+
+
+def test_the_fraction_of_a_long_text_is_not_of_what_was_read_ahead(tokenizer: Any) -> None:
+    texts = ["some words"] * 400_000
+    rows = Corpus("en", texts, tokenizer).rows(16)
+    first = next(rows)
+    wait_until(lambda: rows._made.rows >= 3 * len(first))
+    tokens = len(tokenizer(texts[0])["input_ids"]) * len(texts)
+    assert 0 < rows.fraction < 2 * first.numel() / tokens
+    rows.close()
 
 
 def test_no_warning_about_long_sequences_and_no_other_one_lost(
