@@ -130,10 +130,15 @@ MaxTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens to read per label.", rich_help_panel=RUN_PANEL),
 ]
-Seed = Annotated[int, typer.Option(help="Of random numbers.", rich_help_panel=RUN_PANEL)]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Of random numbers.", rich_help_panel=RUN_PANEL),
+]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads; by default torch's.", rich_help_panel=RUN_PANEL),
+    typer.Option(
+        min=1, max=4096, help="CPU threads; by default torch's.", rich_help_panel=RUN_PANEL
+    ),
 ]
 Engine = Annotated[
     Literal["transformers", "vllm"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import math
 import os
 import re
 import stat
@@ -80,15 +81,16 @@ class ArraySource:
         self.array = array
         self.signature = None
         self.row_length = shape[1] if len(shape) == 2 else None
-        self.position, self.total = 0, shape[0]
+        self.position, self.total = 0, math.prod(shape)
 
     def pieces(self) -> Iterator[Piece]:
         self.position = 0
         rows = self.array if self.row_length else [self.array]
         for row in rows:
             ids = row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
-            yield from token_pieces(ids)
-            self.position += 1 if self.row_length else len(ids)
+            for piece in token_pieces(ids):
+                self.position += len(piece.content)
+                yield piece
 
 
 class FileSource:
@@ -243,7 +245,11 @@ def _expand(given: list[str]) -> list[str]:
         if not files:
             raise InputError(f"{path} holds no files")
         paths += files
-    return list(dict.fromkeys(paths))  # `**` names a directory and also what is in it
+    # `**` names a directory and also what is in it; a link stands beside its target.
+    once: dict[str, str] = {}
+    for path in paths:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
 def _matches(pattern: str) -> list[str]:
@@ -251,12 +257,29 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _walk(directory: str) -> list[str]:
-    """All files under a directory, sorted by path, but for names that start with `.` or `_`."""
-    files = []
-    for root, directories, names in os.walk(directory):
-        directories[:] = [name for name in directories if name[0] not in "._"]
-        files += [os.path.join(root, name) for name in names if name[0] not in "._"]
+    """All files under a directory, linked ones too, sorted by path; see `Corpus` for the names."""
+    files: list[str] = []
+    seen: set[str] = set()
+    # Linked directories come last, so that files are called by the paths that hold them.
+    waiting = [directory]
+    try:
+        for start in waiting:
+            for root, directories, names in os.walk(start, onerror=_raise):
+                if (real := os.path.realpath(root)) in seen:
+                    directories.clear()
+                    continue
+                seen.add(real)
+                directories[:] = sorted(name for name in directories if name[0] not in "._")
+                inside = [os.path.join(root, name) for name in directories]
+                waiting += filter(os.path.islink, inside)
+                files += [os.path.join(root, name) for name in names if name[0] not in "._"]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _opened(path: str) -> io.BufferedReader:

@@ -170,3 +170,10 @@ def test_doctor_says_who_serves_the_cpu(lapefast):
 def test_doctor_heeds_the_backend_that_is_asked_for(lapefast, monkeypatch):
     monkeypatch.setenv("LAPEFAST_BACKEND", "reference")
     assert "device cpu: served by backend reference" in lapefast("doctor").out
+
+
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("--seed", 2**32), ("--threads", 100_000)])
+def test_numbers_that_no_library_takes_are_refused(lapefast, tmp_path, option):
+    result = lapefast("profile", "model", "--corpus", "en=x", "-o", tmp_path / "p", *option)
+    assert result.code == 2
+    assert f"Invalid value for '{option[0]}'" in result.err

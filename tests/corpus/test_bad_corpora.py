@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -129,6 +130,23 @@ def test_it_is_refused_when_opened(case: str, tokenizer: Any, tmp_path: Path) ->
     with refused(rf"^label 'en': .*{match}") as raised:
         Corpus("en", source, tokenizer)
     assert "\n" not in str(raised.value).strip()
+
+
+def test_a_directory_that_may_not_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "t.txt", b"text\n")
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with refused("closed cannot be read: Permission denied"):
+        Corpus("en", tmp_path)
 
 
 def test_a_dict_of_tensors_is_refused(tmp_path: Path) -> None:

@@ -188,6 +188,38 @@ def test_every_source_gives_the_rows_of_a_naive_packing(
     assert str(tmp_path) not in json.dumps(report.to_json())
 
 
+def linked(path: Path) -> Path:
+    """Two files under a directory, a link to one, and links to directories, one of them upwards."""
+    (path / "top" / "own").mkdir(parents=True)
+    (path / "elsewhere").mkdir()
+    write(path / "top" / "own" / "b.txt", b"second\n")
+    write(path / "elsewhere" / "c.txt", b"third\n")
+    (path / "top" / "own" / "up").symlink_to(path / "top")
+    (path / "top" / "a.txt").symlink_to(path / "top" / "own" / "b.txt")
+    (path / "top" / "also").symlink_to(path / "top" / "own")
+    (path / "top" / "far").symlink_to(path / "elsewhere")
+    return path / "top"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda top: top,
+        lambda top: f"{top}/*",
+        lambda top: [top / "a.txt", top / "own" / "b.txt", top.parent / "elsewhere" / "c.txt"],
+        lambda top: [top / "a.txt", top / "far" / ".." / "elsewhere" / "c.txt", top / "far"],
+    ],
+    ids=["a directory", "a glob", "a link beside its target", "two spellings"],
+)
+def test_files_are_read_once_whatever_links_there_are(
+    source: Callable[[Path], Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    corpus = Corpus("en", source(linked(tmp_path)), tokenizer)
+    expected = naive(tokenizer, ["second", "third"], 1)
+    assert torch.equal(taken(corpus, 1), expected)
+    assert corpus.report.documents == 2
+
+
 def test_a_pipe_is_read_once(tokenizer: Any, documents: list[str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=write, args=(tmp_path / "pipe", lines(documents)))

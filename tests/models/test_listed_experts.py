@@ -375,6 +375,19 @@ def test_blocks_whose_rows_can_not_be_told_are_refused_by_name(block, make, mess
     assert plain.same(model(IDS), expected)
 
 
+@torch.no_grad()
+def test_calls_past_the_block_and_without_hidden_states_are_refused():
+    model = build()
+    block = model.model.layers[0].mlp
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS)
+        with pytest.raises(InputError, match="an expert of .* was called outside of Block"):
+            block.experts[0](torch.ones(2, 32))
+        with pytest.raises(InputError, match=r"is called without hidden states"):
+            block(torch.ones(3, 32, dtype=torch.int64))
+
+
 def test_experts_of_different_widths_are_refused_by_name():
     model = build()
     model.model.layers[1].mlp.experts[2].down_proj = nn.Linear(WIDTH + 8, 32)
