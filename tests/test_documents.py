@@ -9,7 +9,8 @@ import pytest
 import supported
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS += sorted(ROOT.glob("docs/*.md"))
 # A path in backticks lies in the repository or in the package.
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
@@ -31,6 +32,12 @@ def test_every_path_in_a_document_exists(document):
 def test_every_make_target_in_a_document_exists(document):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert set(TARGET.findall(document.read_text("utf-8"))) <= set(targets)
+
+
+def test_the_readme_names_every_page():
+    linked = set(LINK.findall((ROOT / "README.md").read_text("utf-8")))
+    pages = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")}
+    assert pages <= linked
 
 
 def test_the_readme_says_what_the_tests_run():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import plain
+import psutil
 import pytest
 import torch
 import transformers
@@ -159,7 +160,7 @@ def test_the_pass_finds_neurons_per_expert():
 
 def test_the_batch_is_chosen_for_all_experts_since_all_compute(monkeypatch):
     memory = types.SimpleNamespace(available=2**23)
-    monkeypatch.setattr(batches.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     few, many = (batches.fitting_batch_size(build(experts=count), 8) for count in (8, 64))
     # A quarter of the memory, for six values of every neuron of all experts.
     assert few == 2**21 // (6 * 8 * WIDTH * 4) // 8
