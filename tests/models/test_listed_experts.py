@@ -11,7 +11,7 @@ import plain
 import pytest
 import torch
 import transformers
-from families import MODERN, VERSION_4, VOCABULARY
+from families import BART, MODERN, VERSION_4, VOCABULARY
 from mixtures import IDS, LATENT, by_name, needs_5
 from torch import Tensor, nn
 
@@ -420,17 +420,13 @@ FAMILIES = {
 }
 FAMILIES_OF_4 = {
     "NllbMoeForConditionalGeneration": {
+        **BART,
         **SPARSE,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
         "encoder_ffn_dim": WIDTH,
         "decoder_ffn_dim": WIDTH,
         "encoder_sparse_step": 2,
         "decoder_sparse_step": 2,
         "expert_capacity": 24,
-        "max_position_embeddings": 64,
     },
     "MixtralForCausalLM": {"num_local_experts": EXPERTS, "intermediate_size": WIDTH},
     "Qwen2MoeForCausalLM": {

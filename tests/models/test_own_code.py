@@ -128,6 +128,24 @@ def activations(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return {f"layers.{i}": getattr(layer, name) for i, layer in enumerate(model.layers)}
 
 
+def assert_counted(model: nn.Module, acting: dict[str, nn.Module]):
+    """Counts and output are those of a run with plain hooks, whose output is returned.
+
+    Without a hook torch's encoder layer takes another way, whose results differ.
+    """
+    with plain.hooked(acting) as seen:
+        expected = model(IDS)
+    with lf.record(model, ["a", "b"]) as recorder:
+        recorder.set(groups=GROUPS)
+        assert plain.same(model(IDS), expected)
+    found = recorder.profile().counts
+    assert found.keys() == seen.keys()
+    for site, counted in found.items():
+        assert torch.equal(counted, plain.counts(seen[site], GROUPS, 2))
+        assert counted.any()
+    return expected
+
+
 @pytest.mark.parametrize("reader", [Reader, Unnamed])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MADE)
@@ -136,21 +154,13 @@ def test_counts_outputs_and_edits_equal_those_of_plain_hooks(name, dtype, reader
     make, attribute = MADE[name]
     model = build(make, reader, dtype)
     before = plain.attributes(model)
-    # Without a hook torch's encoder layer takes another way, whose results differ.
-    with plain.hooked(activations(model, attribute)) as seen:
-        expected = model(IDS)
-    with lf.record(model, ["a", "b"]) as recorder:
-        recorder.set(groups=GROUPS)
-        assert plain.same(model(IDS), expected)
-    for site, counted in recorder.profile().counts.items():
-        assert torch.equal(counted, plain.counts(seen[site], GROUPS, 2))
-        assert counted.any()
+    expected = assert_counted(model, activations(model, attribute))
 
     def without(site: str, output: Tensor) -> Tensor:
         output[..., ::2] = 0  # in place, where the activation wrote in place, too
         return output
 
-    edit = lf.deactivate({site: range(0, WIDTH, 2) for site in seen})
+    edit = lf.deactivate({f"layers.{layer}": range(0, WIDTH, 2) for layer in range(2)})
     with plain.hooked(activations(model, attribute), without):
         edited = model(IDS)
     assert not plain.same(edited, expected)
@@ -214,13 +224,7 @@ def test_mobileberts_layers_hold_more_ffns_than_their_own():
     ]
     assert sorted(site.name for site in models.find_sites(model)) == sorted(sites)
     acting = {site: model.get_submodule(site).intermediate.intermediate_act_fn for site in sites}
-    with plain.hooked(acting) as seen:
-        expected = model(IDS)
-    with lf.record(model, ["a", "b"]) as recorder:
-        recorder.set(groups=GROUPS)
-        assert plain.same(model(IDS), expected)
-    for site, counted in recorder.profile().counts.items():
-        assert torch.equal(counted, plain.counts(seen[site], GROUPS, 2))
+    assert_counted(model, acting)
 
 
 class TimeFirst(InPlace):
