@@ -302,6 +302,7 @@ class Rows:
         self._corpus = corpus
         self._max_rows = max_rows
         self._taken = start
+        self._fraction = 0.0
         self._made = _Made(start)
         # Its thread holds no `Rows`, which ends it when it is dropped.
         self._ahead = Ahead(
@@ -333,7 +334,8 @@ class Rows:
     def fraction(self) -> float | None:
         """The part of the rows that were taken, 0 to 1, for progress bars; None where nobody knows.
 
-        How many there will be is judged by how far the source was read for those that are made.
+        How many there will be is judged by how far the source was read for those that are made;
+        however that changes, the fraction never becomes less.
         """
         source, made = self._corpus._source, self._made
         parts = []
@@ -342,7 +344,10 @@ class Rows:
             parts.append(self._taken / made.rows * read)
         if self._max_rows:
             parts.append(self._taken / self._max_rows)
-        return min(1.0, max(parts)) if parts else None
+        if not parts:
+            return None
+        self._fraction = max(self._fraction, min(1.0, max(parts)))
+        return self._fraction
 
     def close(self) -> None:
         """Ends the thread; what it had read ahead is dropped. Safe to call twice."""

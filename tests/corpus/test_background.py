@@ -187,6 +187,15 @@ def test_the_fraction_of_a_long_text_is_not_of_what_was_read_ahead(tokenizer: An
     rows.close()
 
 
+def test_the_fraction_never_becomes_less() -> None:
+    with Corpus("en", torch.zeros(256 * 16, dtype=torch.int64)).rows(16) as rows:
+        wait_until(lambda: rows._made.ended)
+        next(rows)
+        before = rows.fraction
+        rows._made.rows *= 2  # as when what follows holds more than was expected
+        assert rows.fraction == before > 0
+
+
 def test_no_warning_about_long_sequences_and_no_other_one_lost(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
