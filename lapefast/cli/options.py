@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping
@@ -319,9 +318,11 @@ _WRITTEN = ("output", "details")
 def _check_read_files(given: Mapping[str, Any]) -> None:
     """Refuse a file to write that another option or argument names, so that nothing is lost."""
     written = [one for name in _WRITTEN if isinstance(one := given.get(name), Path)]
+    if isinstance(figure := given.get("figure"), Path):
+        written += [figure.with_suffix(kind) for kind in (".png", ".svg")]
     for name, value in given.items():
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if name in _WRITTEN or not isinstance(one, (str, Path)):
+            if name in (*_WRITTEN, "figure") or not isinstance(one, (str, Path)):
                 continue
             for path in written:
                 if path.is_file() and _is_among(path, str(one)):
@@ -329,11 +330,11 @@ def _check_read_files(given: Mapping[str, Any]) -> None:
 
 
 def _is_among(path: Path, named: str) -> bool:
-    """Whether a file is what an option names, or among a corpus, ``label=`` file or directory."""
+    """Whether a file is what an option names, or one that a ``label=`` corpus is read from."""
+    from lapefast.corpus import named_files
+
     _, is_text, text = named.partition("=")
-    found = [Path(one) for one in glob.iglob(text, recursive=True)] if is_text else []
-    if any(one.is_dir() and path.resolve().is_relative_to(one.resolve()) for one in found):
-        return True
+    found = map(Path, named_files(text)) if is_text else ()
     return any(one.is_file() and path.samefile(one) for one in [Path(named), *found])
 
 

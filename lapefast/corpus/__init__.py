@@ -14,11 +14,13 @@ from lapefast.corpus.corpus import (
     parse_corpus_arguments,
 )
 from lapefast.corpus.packing import CorpusReport
+from lapefast.corpus.sources import named_files
 
 __all__ = [
     "Corpus",
     "CorpusReport",
     "Rows",
+    "named_files",
     "open_corpora",
     "parse_corpus_argument",
     "parse_corpus_arguments",

@@ -19,8 +19,9 @@ from lapefast.corpus.pieces import Piece, Source, content_pieces, token_pieces
 from lapefast.corpus.reading import file_pieces, is_array_file, load_array
 from lapefast.errors import InputError
 
-__all__ = ["find_source"]
+__all__ = ["find_source", "named_files"]
 
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 _DATA_SET_NAME = re.compile(r"(?P<name>[^:]+):(?P<config>[^:]*)(?::(?P<split>.*))?", re.DOTALL)
 
 
@@ -59,6 +60,18 @@ def find_source(given: Any, document: str, field: str, prefer_ids: bool) -> Sour
     if iter(given) is given:
         return OnceSource(ItemSource(lambda: given, name, None, field, prefer_ids))
     return ItemSource(lambda: iter(given), name, total, field, prefer_ids)
+
+
+def named_files(given: str | os.PathLike[str]) -> list[str]:
+    """The files that a corpus given by name is read from; none where there are none."""
+    path = os.path.expanduser(os.fspath(given))
+    name = _DATA_SET_NAME.fullmatch(path)
+    if name and not os.path.exists(path) and os.path.exists(name["name"]):
+        path = name["name"]
+    try:
+        return _expand([path])
+    except InputError:
+        return []
 
 
 class ArraySource:
@@ -199,6 +212,11 @@ def _named_source(given: str, document: str, field: str, prefer_ids: bool) -> So
     path = os.path.expanduser(given)
     if not given.strip():
         raise InputError("the path is empty")
+    if _ADDRESS.match(given) and not os.path.exists(path):
+        raise InputError(
+            f"{given.splitlines()[0]:.200} is an address, and texts are read from files alone; "
+            "download it first"
+        )
     name = _DATA_SET_NAME.fullmatch(given)
     if not os.path.exists(path) and name and not _matches(path):
         data_set = data_sets.load(name["name"], name["config"], name["split"])

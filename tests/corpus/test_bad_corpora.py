@@ -83,6 +83,11 @@ AT_ONCE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing beside others": (lambda p: [Path(__file__), p / "no.txt"], "no.txt does not exist"),
     "glob without a match": (lambda p: str(p / "*.txt"), r"\*.txt matches no file"),
     "a text instead of a path": (lambda p: "Some text.\n" * 999, "given as a list"),
+    "an address": (
+        lambda p: "https://example.org/en.txt",
+        "https://example.org/en.txt is an address, and texts are read from files alone; download",
+    ),
+    "an address of a bucket": (lambda p: "s3://bucket/en.txt", "s3://bucket/en.txt is an address"),
     "empty path": (lambda p: "", "path is empty"),
     "empty file": (lambda p: put(p, "t.txt", b""), "t.txt is empty"),
     "empty directory": (empty_directory, "nothing holds no files"),
