@@ -313,6 +313,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _WRITTEN = ("output", "details")
+# Texts among the options that name what is read; the others are labels, choices and the like.
+_READ = ("corpus", "model", "source")
 
 
 def _check_read_files(given: Mapping[str, Any]) -> None:
@@ -322,7 +324,8 @@ def _check_read_files(given: Mapping[str, Any]) -> None:
         written += [figure.with_suffix(kind) for kind in (".png", ".svg")]
     for name, value in given.items():
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if name in (*_WRITTEN, "figure") or not isinstance(one, (str, Path)):
+            is_file = isinstance(one, Path) and name not in (*_WRITTEN, "figure")
+            if one is None or not (is_file or name in _READ):
                 continue
             for path in written:
                 if path.is_file() and _is_among(path, str(one)):

@@ -69,7 +69,7 @@ def _digest_listed(digest: hashlib._Hash, lasts: list[nn.Module]) -> None:
     """Take the last projections of experts as the one tensor that transformers 5 stacks them to."""
     for name, first in lasts[0].named_parameters():
         own = name.removeprefix("base_layer.").lstrip("_")
-        digest.update(own.replace("weight", "down_proj").encode())
+        digest.update(("down_proj" if own == "weight" else own).encode())
         size, parameters = first.numel(), [last.get_parameter(name) for last in lasts]
         if not first.is_floating_point():
             for last, parameter in zip(lasts, parameters, strict=True):

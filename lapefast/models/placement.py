@@ -20,8 +20,8 @@ from lapefast.models.columns import find_columns
 from lapefast.models.copies import separate
 from lapefast.models.inputs import forward_inputs, probe_ids
 from lapefast.models.listed import ListedRouting
-from lapefast.models.placed import (
-    SiteState,
+from lapefast.models.placed import SiteState
+from lapefast.models.placed_forwards import (
     activation_forward,
     clamped_gate_method,
     expert_activation_forward,
@@ -129,7 +129,7 @@ class Placement:
                 none runs at all.
         """
         ids = probe_ids(self.bare)
-        ids = torch.cat([ids, ids[:1]])  # two sequences that are alike show the order of rows
+        ids = torch.cat([ids[:1], ids])  # two sequences that are alike show the order of rows
         try:
             with self._probing(ids.shape) as order:
                 self.bare(**forward_inputs(self.bare, ids))
@@ -299,7 +299,7 @@ class Placement:
 
 
 def _refuse_meta(bare: nn.Module) -> None:
-    if any(hasattr(module, "_hf_hook") for module in bare.modules()):
+    if any("_hf_hook" in module.__dict__ for module in bare.modules()):
         return  # accelerate keeps weights elsewhere
     for name, parameter in bare.named_parameters():
         if parameter.is_meta:

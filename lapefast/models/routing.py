@@ -8,6 +8,7 @@ is applied, takes the next of them. A hook behind it sees that all came.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -188,9 +189,10 @@ class Routing:
 
 def check_tokens(state: SiteState, count: int) -> None:
     """Raise InputError where a mixture sees another number of tokens than the model's input has."""
-    known = [] if state.statistics is None else [state.statistics.groups.tokens.tensor]
-    known += [] if state.edits is None else [state.edits.sets.tokens.tensor]
-    expected = {one.numel() for one in known if one is not None} - {1}
+    known = [] if state.statistics is None else [state.statistics.groups.tokens]
+    known += [] if state.edits is None else [state.edits.sets.tokens]
+    expected = {one.tensor.numel() for one in known if one.tensor is not None} - {1}
+    expected |= {math.prod(one.shape) for one in known if one.shape is not None}
     if state.probe is not None:
         expected.add(state.probe.numel())
     if expected - {count}:

@@ -81,9 +81,9 @@ class StackSets(StackRows):
         if not self._per_sequence:
             return self._sets.expand(batch)
         if self._placement.probing:
-            # The first and the last sequence are alike, and must stay so.
-            probed = self._sets.repeat(batch // count + 1)[:batch]
-            return torch.cat([probed[:-1], probed[:1]])
+            # The first two sequences are alike, and must stay so.
+            probed = self._sets.repeat(batch // count + 1)
+            return torch.cat([probed[:1], probed[: batch - 1]])
         if batch != count and (not self._generation.running or batch % count):
             raise wrong_batch(batch, count)
         # Beams and returned sequences of one input stand side by side.

@@ -169,6 +169,7 @@ def test_outputs_counts_and_routed_tokens_equal_those_of_plain_hooks(make, order
         (site, EXPERTS, WIDTH) for site in SITES
     ]
     assert profile.metadata["experts_implementation"] == "modules"
+    assert set(recorder.how.values()) == {"fused" if dtype is torch.bfloat16 else "given"}
     for site in SITES:
         active, routed = counts(seen[site], GROUPS)
         assert torch.equal(profile.counts[site], active)
@@ -386,6 +387,16 @@ def test_calls_past_the_block_and_without_hidden_states_are_refused():
             block.experts[0](torch.ones(2, 32))
         with pytest.raises(InputError, match=r"is called without hidden states"):
             block(torch.ones(3, 32, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_a_block_that_is_called_with_other_rows_than_tokens_is_refused_where_no_probe_tells():
+    model = build()
+    with lf.record(model, ["a"]) as recorder:
+        recorder.set(label="a")
+        model(IDS)
+        with pytest.raises(InputError, match="saw 3 tokens where the model's input has 24"):
+            model.model.layers[0].mlp(torch.ones(3, 1, 32))
 
 
 def test_experts_of_different_widths_are_refused_by_name():

@@ -197,6 +197,13 @@ def test_a_gated_forward_is_found_whatever_its_parts_are_called():
         assert torch.equal(counted, own)
 
 
+def test_what_writes_in_place_is_called_and_said_to_be():
+    with lf.record(build(InPlace, dtype=torch.bfloat16), ["a"]) as recorder:
+        assert set(recorder.how.values()) == {"given"}
+    with lf.record(build(Jais, dtype=torch.bfloat16), ["a"]) as recorder:
+        assert set(recorder.how.values()) == {"fused"}
+
+
 def test_a_second_projection_beside_a_plain_ffns_makes_it_gated():
     model = build(Jais)
     assert [ffn.gated for ffn in find_ffns(model)] == [True, True]
@@ -235,6 +242,13 @@ class TimeFirst(InPlace):
         return made.view(length, batch, hidden).transpose(0, 1)
 
 
+class LastFirst(InPlace):
+    """The sequences of a batch in reverse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x.flip(0)))).flip(0)
+
+
 class Pooled(InPlace):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x.mean(1)))).unsqueeze(1).expand_as(x)
@@ -262,6 +276,7 @@ class GatedActivation(nn.Module):
     ("make", "message"),
     [
         (TimeFirst, r"layers.0 saw other rows .* another order than the tokens"),
+        (LastFirst, r"layers.0 saw other rows .* another order than the tokens"),
         (Pooled, r"layers.0 saw \d rows where the model's input has \d+ tokens"),
         (GatedActivation, r"layers.0: its activation module \(SwiGLU\) takes more than the gate"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 import lapefast as lf
 from lapefast import models, ops
 from lapefast.errors import InputError
-from lapefast.models import placed
+from lapefast.models import placed_forwards
 from lapefast.neurons import NeuronSets
 from lapefast.neurons.layout import Layout
 
@@ -285,7 +285,7 @@ def test_plain_projections_are_called_by_their_function(monkeypatch, dtype):
         calls.append(weight)
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(placed, "functional", SimpleNamespace(linear=linear))
+    monkeypatch.setattr(placed_forwards, "functional", SimpleNamespace(linear=linear))
     with lf.steer(model, lf.deactivate(everywhere(by_name("llama")))):
         calls.clear()
         model(IDS)
