@@ -41,8 +41,9 @@ class Placement:
 
     def __init__(self, model: nn.Module) -> None:
         self.bare = bare_model(model)
-        _refuse_meta(self.bare)
-        self.ffns, self._copies = separate(find_ffns(model, mixtures=True))
+        ffns = find_ffns(model, mixtures=True)
+        _refuse_meta(self.bare, ffns)
+        self.ffns, self._copies = separate(ffns)
         self.roles: dict[str, tuple[object, str]] = {}
         self.states: dict[str, SiteState] = {}
         self.probing = False
@@ -298,13 +299,13 @@ class Placement:
             )
 
 
-def _refuse_meta(bare: nn.Module) -> None:
-    if any("_hf_hook" in module.__dict__ for module in bare.modules()):
-        return  # accelerate keeps weights elsewhere
-    for name, parameter in bare.named_parameters():
-        if parameter.is_meta:
+def _refuse_meta(bare: nn.Module, ffns: list[FFN]) -> None:
+    """Refuse a model without weights, which accelerate has not put elsewhere."""
+    if any(one.is_meta for ffn in ffns for one in ffn.last.parameters()):
+        if not any("_hf_hook" in module.__dict__ for module in bare.modules()):
             raise InputError(
-                f"the model has no weights: {name} is on the meta device; load them first"
+                f"{ffns[0].site.name} has no weights: they are on the meta device; load the model "
+                "first"
             )
 
 

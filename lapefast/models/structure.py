@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import nn
 
@@ -159,7 +160,9 @@ def _outermost(found: list[FFN]) -> list[FFN]:
     their names, hold more FFNs as parts of their own.
     """
     dense = [ffn.site.name for ffn in found if not ffn.site.experts]
-    outer = tuple(part for ffn in found if not ffn.site.experts for part in _parts_of(ffn))
+    # What an FFN holds follows it. To look into each FFN would take a while, and few hold any.
+    holders = {name for name, after in pairwise(dense) if after.startswith(f"{name}.")}
+    outer = tuple(part for ffn in found if ffn.site.name in holders for part in _parts_of(ffn))
     mixtures = [ffn.site.name for ffn in found if ffn.site.experts]
     blocks = [name[: name.rfind(".") + 1] for name in mixtures]
     routers = tuple(f"{block}{router}." for block in blocks for router in _ROUTERS)
@@ -215,9 +218,7 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
             continue
         activation = _activation_by(row, module)
         if activation is not None:
-            widening = sum(_features(one) == _features(first[0]) for one in module.children())
-            # Jais has a second projection beside a plain row's.
-            gated = len(first) == 2 or widened != width or widening > 1
+            gated = len(first) == 2 or widened != width or _has_another(module, first[0])
             return activation, last, gated
         forward = read_forward(module)
         if forward and forward.function is not None:
@@ -235,6 +236,12 @@ def _parts_by_table(path: str, module: nn.Module) -> _Parts | None:
             f"{row.activations[0]} (docs/adding-a-model.md)"
         )
     return None
+
+
+def _has_another(module: nn.Module, first: nn.Module) -> bool:
+    """Whether a second projection stands beside a plain row's, as in Jais."""
+    others = [one for one in module.children() if one is not first and not _is_activation(one)]
+    return any(_features(one) == _features(first) for one in others)
 
 
 def _activation_by(row: Row, module: nn.Module) -> nn.Module | None:
